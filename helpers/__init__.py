@@ -1,0 +1,1 @@
+"""What the notebooks share: login, memory, pipelines, generate, images and the panel."""

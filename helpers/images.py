@@ -1,0 +1,205 @@
+"""Pictures on the page and on disk: labelled grids, tensors as pictures, PNG files that know how they were drawn."""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+
+from helpers.generate import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+CELL = 160  # pixels; smaller pictures are enlarged by a whole factor, so that a label has room beside them
+GAP = 8
+FONT_SIZE = 15
+TITLE_SIZE = 20
+LIBRARIES = ("torch", "diffusers", "transformers")
+
+
+def grid(
+    images: Sequence[Image.Image],
+    columns: int | None = None,
+    labels: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Image.Image:
+    """One RGB picture with all of them in rows of `columns` (default: at most 5), a label under each, a title above.
+
+    Long labels are wrapped, never cut; small pictures are enlarged by a whole factor without smoothing. Raises
+    ValueError for no pictures or a number of labels that is not the number of pictures.
+    """
+    images, labels = list(images), [str(label) for label in labels] if labels is not None else []
+    if not images:
+        raise ValueError("There are no pictures to put into the grid: draw at least one.")
+    if labels and len(labels) != len(images):
+        raise ValueError(f"There are {len(images)} pictures and {len(labels)} labels: give one label for each.")
+    if columns is not None and columns < 1:
+        raise ValueError("A grid needs at least one column.")
+    columns = min(columns or 5, len(images))
+    side = max(max(image.size) for image in images)
+    factor = -(-CELL // side)  # rounded up
+    images = [
+        image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+        for image in images
+    ]
+    width, height = max(image.width for image in images), max(image.height for image in images)
+    rows = -(-len(images) // columns)
+    total = GAP + columns * (width + GAP)
+
+    font, title_font = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(TITLE_SIZE)
+    texts = [wrap(label, font, width) for label in labels]
+    heading = wrap(title, title_font, total - 2 * GAP) if title else []
+    line, title_line = round(FONT_SIZE * 1.4), round(TITLE_SIZE * 1.4)
+    # Each row is as tall as its longest label.
+    below = [max((len(t) for t in texts[r * columns : (r + 1) * columns]), default=0) * line for r in range(rows)]
+    top = GAP + (len(heading) * title_line + GAP if heading else 0)
+
+    sheet = Image.new("RGB", (total, top + sum(height + b + GAP for b in below)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for n, text in enumerate(heading):
+        draw.text((GAP, GAP + n * title_line), text, "black", title_font)
+    y = top
+    for row in range(rows):
+        for column, image in enumerate(images[row * columns : (row + 1) * columns]):
+            x = GAP + column * (width + GAP)
+            sheet.paste(image, (x, y))
+            for n, text in enumerate(texts[row * columns + column] if texts else []):
+                draw.text((x, y + height + n * line), text, "black", font)
+        y += height + below[row] + GAP
+    return sheet
+
+
+def side_by_side(left: Image.Image, right: Image.Image, labels: tuple[str, str] | None = None) -> Image.Image:
+    """Two pictures in one row, to compare them."""
+    return grid([left, right], columns=2, labels=labels)
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+    """Lines of `text`, none wider than `width` pixels; a word that is wider than a line is broken."""
+    lines = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in paragraph.split():
+            if line and font.getlength(f"{line} {word}") > width:
+                lines.append(line)
+                line = ""
+            line = f"{line} {word}" if line else word
+            while font.getlength(line) > width and len(line) > 1:
+                end = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or font.getlength(line[:n]) <= width)
+                lines.append(line[:end])
+                line = line[end:]
+        lines.append(line)
+    return lines
+
+
+def to_image(tensor: torch.Tensor) -> Image.Image | list[Image.Image]:
+    """(3, H, W) in [-1, 1], as a VAE decodes it, to an RGB picture; (B, 3, H, W) to a list of B. Clips what is outside.
+
+    Raises ValueError for another shape or for numbers that are not finite.
+    """
+    if tensor.ndim not in (3, 4) or tensor.shape[-3] != 3:
+        raise ValueError(f"A picture is a tensor of shape (3, H, W) or (B, 3, H, W), not {tuple(tensor.shape)}.")
+    if not torch.isfinite(tensor).all():
+        raise ValueError("The tensor has NaN or infinite numbers in it: look for the step that made them.")
+    pixels = ((tensor.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    if tensor.ndim == 3:
+        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pixels]
+
+
+def save(
+    image: Image.Image, settings: Settings | None = None, folder: str | Path = "outputs", name: str | None = None
+) -> Path:
+    """Write a PNG with its settings inside and return where: `<prompt>-<seed>.png`, numbered rather than overwriting.
+
+    A picture from `generate` knows what drew it, its own seed in a batch included, and that is what is stored;
+    `settings` is for pictures from elsewhere. A relative `folder` is in the repository. The file appears whole or not
+    at all. Raises ValueError without any settings, OSError in one sentence where nothing can be written.
+    """
+    settings = image.info.get("settings") or settings
+    if settings is None:
+        raise ValueError("Nothing is known about this picture: give its settings too, save(image, settings).")
+    folder = ROOT / folder
+    record = {
+        "settings": asdict(settings),
+        "model": image.info.get("model", ""),
+        "versions": {library: version(library) for library in LIBRARIES},
+    }
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt("settings", json.dumps(record, ensure_ascii=False, default=str))
+    chunks.add_itxt("parameters", _parameters(settings, record["model"], image.size))
+    # Only letters and digits of any prompt reach the disk, so none can leave the folder.
+    stem = (
+        re.sub(r"[^a-z0-9]+", "-", (name or settings.prompt).lower().removesuffix(".png")).strip("-")[:60] or "picture"
+    )
+    stem = stem if name else f"{stem}-{settings.seed}"
+    temporary = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
+            temporary = Path(file.name)
+            image.save(file, format="PNG", pnginfo=chunks)
+        temporary.chmod(0o644)  # temporary files are private
+        return _publish(temporary, folder, stem)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        place = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+        raise type(error)(
+            error.errno, f"The picture was not saved in {place} ({reason}): free some space or choose another folder."
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def settings(path: str | Path) -> Settings:
+    """The settings inside a PNG that `save` wrote. Raises ValueError, one sentence, if there are none."""
+    stored = record(path)["settings"]
+    known = {field.name for field in fields(Settings)}
+    return Settings(**{key: value for key, value in stored.items() if key in known})
+
+
+def record(path: str | Path) -> dict:
+    """All that `save` wrote into a PNG: {"settings": {...}, "model": name, "versions": {library: version}}."""
+    try:
+        with Image.open(path) as image:
+            found = json.loads(image.info["settings"])
+        if not isinstance(found["settings"]["prompt"], str):
+            raise TypeError
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not a picture: choose a PNG that save() wrote.") from error
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} has no settings inside: only pictures written by save() carry them.") from error
+    return found
+
+
+def _publish(temporary: Path, folder: Path, stem: str) -> Path:
+    """Give the finished file the first free name. A name is taken by creating it, so two writers never share one."""
+    number = 1
+    while True:
+        path = folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
+        try:
+            path.open("xb").close()
+        except FileExistsError:
+            number += 1
+            continue
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            path.unlink()
+            raise
+        return path
+
+
+def _parameters(settings: Settings, model: str, size: tuple[int, int]) -> str:
+    """The same in the wording of the Stable Diffusion web UI, which many viewers read."""
+    negative = f"\nNegative prompt: {settings.negative_prompt}" if settings.negative_prompt else ""
+    return (
+        f"{settings.prompt}{negative}\nSteps: {settings.steps}, Sampler: {settings.scheduler}, "
+        f"CFG scale: {settings.guidance}, Seed: {settings.seed}, Size: {size[0]}x{size[1]}, Model: {model}"
+    )

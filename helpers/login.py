@@ -1,0 +1,173 @@
+"""Hugging Face login for notebooks: find a token without nagging, and say in one sentence what the Hub refused.
+
+Nothing here is needed for Stable Diffusion 1.5 or for the bundled models, which anybody may read. A gated model
+(Stable Diffusion 3.5) wants a token. The token itself is never returned, printed or put into an error.
+"""
+
+import os
+from collections.abc import Iterator
+
+import huggingface_hub
+from huggingface_hub import errors
+
+TOKEN_PAGE = "https://huggingface.co/settings/tokens"
+# Everything the Hub client raises. It lets its HTTP library's errors through, and that library differs by version.
+HUB_ERRORS = (*errors.HfHubHTTPError.__bases__, OSError, ValueError)
+
+
+class AccessError(RuntimeError):
+    """The Hub did not give us what we asked for; the message is one sentence that says what to do."""
+
+
+def login() -> str:
+    """Find a token and say where it came from: "environment", "Colab secret", "saved login", "prompt" or "none".
+
+    The first that exists wins, in that order; a Colab secret goes into HF_TOKEN of this process, where the Hub client
+    looks. "prompt" happens only where a person can answer, so a test run or a CI job never hangs: it gets "none".
+    Raises AccessError, without the token, if the token cannot be one (empty, or with spaces or line breaks inside).
+    """
+    if "HF_TOKEN" in os.environ:
+        _check_shape(os.environ["HF_TOKEN"], "HF_TOKEN in the environment")
+        return "environment"
+    secret = _colab_secret()
+    if secret is not None:
+        _check_shape(secret, "the Colab secret HF_TOKEN")
+        os.environ["HF_TOKEN"] = secret.strip()
+        return "Colab secret"
+    if huggingface_hub.get_token():
+        _check_shape(huggingface_hub.get_token(), "the saved login")
+        return "saved login"
+    if can_ask():
+        huggingface_hub.notebook_login()
+        return "prompt"
+    return "none"
+
+
+def can_ask() -> bool:
+    """True only in a notebook whose front end accepts questions: not in CI, nbval, nbconvert or a plain script."""
+    if os.environ.get("CI"):
+        return False
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return False
+    # Every execute request says whether its sender can answer; nbval and nbconvert say no.
+    return bool(getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", False))
+
+
+def check_token() -> None:
+    """Raise AccessError if the token that the Hub client would send cannot be one. No network.
+
+    A token with a space inside makes an illegal HTTP header, and the HTTP client's own error would quote it.
+    """
+    token = huggingface_hub.get_token()
+    if token:
+        _check_shape(token, "the Hugging Face token (HF_TOKEN, or the saved login)")
+
+
+def check_access(repo_id: str, filename: str = "model_index.json") -> None:
+    """Fetch one small file of a repository, so that a refusal comes before the gigabytes.
+
+    Returns None when `filename` can be read (from the Hub or the cache); raises AccessError, one sentence, otherwise.
+    """
+    check_token()
+    try:
+        huggingface_hub.hf_hub_download(repo_id, filename)
+    except HUB_ERRORS as error:
+        raise AccessError(explain(error, repo_id)) from error
+
+
+def explain(error: BaseException, repo_id: str) -> str:
+    """One sentence that says why the Hub client failed on `repo_id` and what to do about it.
+
+    The client often raises a vague error ("check your connection") whose __cause__ holds the truth, so the whole
+    chain is looked through, the most telling kind first: GatedRepoError is a RepositoryNotFoundError too.
+    """
+    page = f"https://huggingface.co/{repo_id}"
+    chain = list(_causes(error))
+
+    def find(*kinds: type) -> BaseException | None:
+        return next((e for e in chain if isinstance(e, kinds)), None)
+
+    if gated := find(errors.GatedRepoError):
+        if _status(gated) == 403:
+            return (
+                f"{repo_id} is gated and its license is not accepted yet: "
+                f"open {page} with the account of your token and accept it."
+            )
+        return (
+            f"{repo_id} is gated and no valid token was sent: accept the license on {page}, "
+            f"make a read token on {TOKEN_PAGE} and put it into HF_TOKEN (environment or Colab secret)."
+        )
+    refused = next(
+        (e for e in chain if _status(e) in (401, 403) and not isinstance(e, errors.RepositoryNotFoundError)), None
+    )
+    if refused is not None and _status(refused) == 403:
+        return (
+            f"The token has no right to read {repo_id}: open {TOKEN_PAGE}, edit the token, tick "
+            '"Read access to contents of all public gated repos you can access", and run this again.'
+        )
+    if refused is not None:
+        return f"The Hub does not know this token: make a new read token on {TOKEN_PAGE} and put it into HF_TOKEN."
+    if find(errors.RepositoryNotFoundError):
+        return (
+            f"There is no repository {repo_id} on the Hub that this login may see: "
+            f"check the name on {page}, and log in if it is private."
+        )
+    if missing := find(errors.RemoteEntryNotFoundError):
+        name = str(missing.response.url).partition("/resolve/")[2].partition("/")[2]
+        return f"The file {name} is missing from {repo_id}: look at {page}/tree/main, or choose another model."
+    if find(errors.OfflineModeIsEnabled):
+        return (
+            f"{repo_id} is not in the cache and HF_HUB_OFFLINE is set: "
+            "unset it, restart, and run this once with a network."
+        )
+    if any(isinstance(e, OSError) and e.errno == 28 for e in chain):
+        return (
+            f"The disk is full while downloading {repo_id}: free some space and run this again, the download continues."
+        )
+    if code := next((_status(e) for e in chain if _status(e)), None):
+        return (
+            f"The Hub answered with error {code} for {repo_id}: "
+            "wait a minute and run this again, the download continues."
+        )
+    if find(errors.HFValidationError):
+        return "That is not the name of a repository on the Hub: write it as owner/name."
+    return (
+        f"The connection to the Hub failed or was cut while downloading {repo_id}: "
+        "check the network and run this again, the download continues."
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _colab_secret() -> str | None:
+    try:
+        from google.colab import userdata
+    except ImportError:
+        return None
+    # A TimeoutException means that nobody clicked "Grant access"; older Colab images lack that class.
+    refusals = (userdata.SecretNotFoundError, userdata.NotebookAccessError)
+    try:
+        return userdata.get("HF_TOKEN")
+    except (*refusals, getattr(userdata, "TimeoutException", TimeoutError)):
+        return None
+
+
+def _check_shape(token: str, where: str) -> None:
+    """Blank ends are forgiven, as the Hub client does; anything else that cannot go into a header is not."""
+    token = token.strip()
+    if not token:
+        raise AccessError(f"The token in {where} is empty: remove it, or put a token from {TOKEN_PAGE} there.")
+    if not token.isascii() or not token.isprintable() or any(c.isspace() for c in token):
+        raise AccessError(
+            f"The token in {where} holds spaces, line breaks or foreign characters: copy it again from {TOKEN_PAGE}."
+        )

@@ -1,0 +1,1 @@
+"""Training of everything in `models/`, from renders alone. `python -m storybook.train` runs it all."""

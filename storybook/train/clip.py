@@ -1,0 +1,125 @@
+"""Train storybook-clip: pictures and captions that belong together get similar embeddings.
+
+Radford et al., 2021. The text half then conditions the pipelines, as in Stable Diffusion.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, PreTrainedModel
+
+from storybook import world
+from storybook.train import data
+from storybook.train.loop import Schedule, train
+
+MAX_TOKENS = 32  # the longest caption takes 23; SD1.5 has 77
+OUT = Path("models/storybook-clip")
+
+
+def new_tokenizer() -> CLIPTokenizer:
+    """CLIP's byte-pair tokenizer, with merges learned from the world's words: each is one token.
+
+    Any other word still has tokens, down to single bytes.
+    """
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        initial_alphabet=alphabet, end_of_word_suffix="</w>", min_frequency=1, show_progress=False
+    )
+    bpe.train_from_iterator(sorted(world.words()), trainer)
+    learned = sorted(bpe.get_vocab(), key=bpe.get_vocab().get)
+    tokens = dict.fromkeys([*learned, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"])
+    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    return CLIPTokenizer({token: index for index, token in enumerate(tokens)}, merges, model_max_length=MAX_TOKENS)
+
+
+def new_clip(tokenizer: CLIPTokenizer, size: int) -> CLIPModel:
+    """A small CLIPModel for pictures of `size` pixels, 64 patches each."""
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    shared = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "projection_dim": 128}
+    text = {
+        **shared,
+        **ids,
+        "num_hidden_layers": 3,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": MAX_TOKENS,
+    }
+    vision = {**shared, "num_hidden_layers": 3, "image_size": size, "patch_size": size // 8}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Token ids (B, model_max_length), padded and cut as the pipelines do it."""
+    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+class ClipObjective(nn.Module):
+    """Within a batch, each picture must find its caption and each caption its picture."""
+
+    def __init__(self, clip: CLIPModel):
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, images, token_ids):
+        """images (B, 3, H, W) normalised as the image processor does it; token_ids (B, T)."""
+        logits = self.clip(input_ids=token_ids, pixel_values=images).logits_per_text.float()
+        target = torch.arange(len(logits), device=logits.device)
+        loss = (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
+        return {"loss": loss, "matched": (logits.argmax(1) == target).float().mean()}
+
+
+def main(argv=None) -> None:
+    """Train and write models/storybook-clip."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--pictures", type=int, default=60_000)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch-size", type=int, default=192)
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    tokenizer = new_tokenizer()
+    clip = new_clip(tokenizer, args.size)
+    images = data.pictures("train", args.pictures, args.size)
+    scenes = data.scenes("train", args.pictures)
+
+    def make_batch(indices, generator):
+        texts = data.captions([scenes[i] for i in indices], int(torch.randint(2**31, (), generator=generator)))
+        return data.to_tensor(images[indices.numpy()]), tokenize(tokenizer, texts)
+
+    schedule = Schedule(args.steps, args.batch_size, 1e-3, weight_decay=0.05)
+    train("clip", ClipObjective(clip), clip, make_batch, args.pictures, schedule)
+    save_half(clip, args.out)
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # [0, 1] to [-1, 1], as the VAE takes it
+    CLIPImageProcessorPil(size={"shortest_edge": args.size}, crop_size=args.size, **half).save_pretrained(args.out)
+    save_tokenizer(tokenizer, args.out)
+
+
+def save_half(model: PreTrainedModel, folder: Path) -> None:
+    """Save in half precision, but have the weights loaded as float32, as diffusers loads its own.
+
+    transformers takes the dtype from config.json; left at float16, the stock pipeline would come up
+    with a float16 text encoder beside a float32 UNet.
+    """
+    model.half().save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+
+
+def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Write tokenizer.json and also the vocab.json and merges.txt that SD1.5's folders carry."""
+    tokenizer.save_pretrained(folder)
+    tokenizer.backend_tokenizer.model.save(str(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The training pictures: rendered once, kept as one array on disk, rebuilt from their numbers."""
+
+import os
+import random
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from storybook.world import Scene, caption, random_scene, render
+
+CACHE = Path("outputs/train/data")
+
+
+def numbered_rng(split: str, index: int) -> random.Random:
+    """The random state that fixes scene and picture number `index` of a split ("train", "fresh" ...)."""
+    return random.Random(f"storybook {split} {index}")
+
+
+def numbered_scene(split: str, index: int) -> tuple[Scene, random.Random]:
+    """Scene number `index` of a split and the random state that draws its picture."""
+    rng = numbered_rng(split, index)
+    return random_scene(rng), rng
+
+
+def draw(job) -> np.ndarray:
+    """The picture of one job (split, index, size); at top level so that worker processes find it."""
+    split, index, size = job
+    scene, rng = numbered_scene(split, index)
+    return np.asarray(render(scene, rng, size))
+
+
+def pictures(split: str, count: int, size: int, draw=draw, cache: Path = CACHE) -> np.ndarray:
+    """`count` renders as uint8 (count, size, size, 3), memory-mapped from a file made on first use."""
+    path = cache / f"{split}-{count}-{size}.npy"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        array = np.lib.format.open_memmap(partial, "w+", np.uint8, (count, size, size, 3))
+        jobs = ((split, index, size) for index in range(count))
+        with Pool() as pool:
+            drawn = pool.imap(draw, jobs, chunksize=64)
+            for index, picture in enumerate(tqdm(drawn, f"rendering {split}", count, unit="picture")):
+                array[index] = picture
+        array.flush()
+        partial.rename(path)  # a killed run leaves no half-written file under the final name
+    return np.load(path, mmap_mode="r")
+
+
+def scenes(split: str, count: int) -> list[Scene]:
+    """The scenes of `pictures(split, count, ...)`, in the same order."""
+    return [numbered_scene(split, index)[0] for index in range(count)]
+
+
+def captions(chosen: list[Scene], seed: int) -> list[str]:
+    """One wording for each scene; another seed gives other wordings."""
+    rng = random.Random(seed)
+    return [caption(scene, rng) for scene in chosen]
+
+
+def to_tensor(batch: np.ndarray) -> torch.Tensor:
+    """uint8 (B, H, W, 3) in 0..255 to float (B, 3, H, W) in [-1, 1], the range that the VAE works in."""
+    return torch.from_numpy(np.ascontiguousarray(batch)).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,0 +1,154 @@
+"""Train storybook-sd: a UNet that predicts the noise in latents, given a caption (Ho et al., 2020).
+
+Latents are cached (the VAE is fixed), one caption in ten is empty (Ho & Salimans, 2022, guidance),
+the weights are averaged over time, and steps are weighted by min-SNR (Hang et al., 2023, gamma 5):
+without it the nearly clean timesteps, which are easy and many, crowd out those that decide what the
+picture shows.
+"""
+
+import argparse
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from storybook.train import clip, data
+from storybook.train.loop import RUNS, Schedule, make_accelerator, train
+
+OUT = Path("models/storybook-sd")
+CAPTION_DROPOUT = 0.1
+MIN_SNR_GAMMA = 5.0
+# Stable Diffusion 1.5's own numbers, for training and for sampling
+NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+SAMPLING = {**NOISE, "skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}
+
+
+def new_unet(latent_side: int, text_width: int) -> UNet2DConditionModel:
+    """A UNet of two or three levels, the lowest one 4 positions wide; cross-attention at each level."""
+    widths = (128, 160) if latent_side <= 8 else (96, 128, 160)
+    return UNet2DConditionModel(
+        sample_size=latent_side,
+        block_out_channels=widths,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * len(widths),
+        up_block_types=("CrossAttnUpBlock2D",) * len(widths),
+        cross_attention_dim=text_width,
+        attention_head_dim=4,  # the number of heads: diffusers kept the name for old configurations
+    )
+
+
+class NoisePrediction(nn.Module):
+    """Mean squared error of the predicted noise, weighted by min(SNR, gamma) / SNR."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel):
+        super().__init__()
+        self.unet = unet
+        self.text_encoder = text_encoder.requires_grad_(False)
+        self.scheduler = DDPMScheduler(**NOISE)
+
+    def forward(self, latents, noise, timesteps, token_ids):
+        """latents and noise (B, 4, h, w), latents of unit variance; timesteps (B,) in 0..999; token_ids (B, T)."""
+        with torch.no_grad():
+            context = self.text_encoder(token_ids)[0]
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        predicted = self.unet(noisy, timesteps, context).sample.float()
+        errors = (predicted - noise).square().mean((1, 2, 3))
+        snr = compute_snr(self.scheduler, timesteps)
+        return {"loss": (errors * snr.clamp(max=MIN_SNR_GAMMA) / snr).mean(), "squared": errors.mean()}
+
+
+def stratified_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
+    """`count` timesteps in 0..999, one from each of `count` equal slices, so that batches resemble each other."""
+    slots = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    return (slots * 1000).long()
+
+
+@torch.no_grad()
+def cached_latents(vae: AutoencoderKL, images: np.ndarray, accelerator) -> torch.Tensor:
+    """Posterior means and standard deviations, float16 (N, 2, C, h, w), kept on disk until the VAE changes."""
+    weights = hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in vae.encoder.parameters()))
+    path = data.CACHE / f"latents-{len(images)}-{weights.hexdigest()[:16]}.npy"
+    if accelerator.is_main_process and not path.exists():
+        encoder = vae.to(accelerator.device, memory_format=torch.channels_last)
+        parts = []
+        for start in tqdm(range(0, len(images), 64), "encoding", unit="batch"):
+            with accelerator.autocast():
+                posterior = encoder.encode(
+                    data.to_tensor(images[start : start + 64]).to(accelerator.device)
+                ).latent_dist
+            parts.append(torch.stack([posterior.mean, posterior.std], 1).half().cpu())
+        np.save(path.with_suffix(".partial.npy"), torch.cat(parts).numpy())
+        path.with_suffix(".partial.npy").rename(path)
+    accelerator.wait_for_everyone()
+    return torch.from_numpy(np.load(path))
+
+
+def export(unet, text_encoder, vae, tokenizer, folder: Path) -> None:
+    """Write a stock StableDiffusionPipeline folder in half precision."""
+    pipeline = StableDiffusionPipeline(
+        vae.half(),
+        text_encoder.half(),
+        tokenizer,
+        unet.half(),
+        PNDMScheduler(**SAMPLING),
+        None,
+        None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    clip.save_half(text_encoder, folder / "text_encoder")
+    clip.save_tokenizer(tokenizer, folder / "tokenizer")
+
+
+def main(argv=None) -> None:
+    """Train and write models/storybook-sd (needs its vae folder and models/storybook-clip)."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--pictures", type=int, default=60_000)
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=8e-4)
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    vae = AutoencoderKL.from_pretrained(args.out / "vae").requires_grad_(False).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(clip.OUT)
+    text_encoder = CLIPTextModel.from_pretrained(clip.OUT, dtype=torch.float32).eval()
+    size = vae.config.sample_size
+    scenes = data.scenes("train", args.pictures)
+    latents = cached_latents(vae, data.pictures("train", args.pictures, size), make_accelerator())
+    unet = new_unet(size // 8, text_encoder.config.hidden_size).to(memory_format=torch.channels_last)
+
+    def make_batch(indices, generator):
+        mean, std = latents[indices].float().unbind(1)
+        clean = (mean + std * torch.randn(mean.shape, generator=generator)) * vae.config.scaling_factor
+        texts = data.captions([scenes[i] for i in indices], int(torch.randint(2**31, (), generator=generator)))
+        dropped = torch.rand(len(indices), generator=generator) < CAPTION_DROPOUT
+        texts = ["" if drop else text for text, drop in zip(texts, dropped, strict=True)]
+        noise = torch.randn(clean.shape, generator=generator)
+        return clean, noise, stratified_timesteps(len(indices), generator), clip.tokenize(tokenizer, texts)
+
+    def sample(step):
+        from helpers.images import grid  # here, so that training itself needs only storybook
+
+        pipeline = StableDiffusionPipeline(
+            vae, text_encoder, tokenizer, unet, PNDMScheduler(**SAMPLING), None, None, requires_safety_checker=False
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        prompts = data.captions(data.scenes("fresh", 16), seed=0)
+        seeds = [torch.Generator().manual_seed(index) for index in range(len(prompts))]
+        images = pipeline(prompts, num_inference_steps=25, guidance_scale=3.0, generator=seeds).images
+        grid(images, columns=4, labels=prompts).save(RUNS / "sd" / f"samples-{step:06d}.png")
+
+    schedule = Schedule(args.steps, args.batch_size, args.learning_rate, warmup=200, ema_decay=0.9995, save_every=500)
+    train("sd", NoisePrediction(unet, text_encoder), unet, make_batch, args.pictures, schedule, sample)
+    export(unet, text_encoder, vae, tokenizer, args.out)
+
+
+if __name__ == "__main__":
+    main()

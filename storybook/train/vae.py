@@ -1,0 +1,102 @@
+"""Train the autoencoder: 64 times fewer positions, four numbers at each (Rombach et al., 2022)."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import nn
+
+from storybook.train import data
+from storybook.train.loop import RUNS, Schedule, train
+
+# Nats are cheap: this weight keeps the noise that the posterior adds to a picture near
+# KL_WEIGHT / 2 of squared error, far below the reconstruction error itself.
+KL_WEIGHT = 1e-4
+
+
+def new_vae(size: int, latent_channels: int = 4, widths=(32, 64, 96, 128)) -> AutoencoderKL:
+    """A small AutoencoderKL with Stable Diffusion's factor of 8; `size` in pixels."""
+    return AutoencoderKL(
+        sample_size=size,
+        latent_channels=latent_channels,
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        layers_per_block=1,
+        norm_num_groups=8,
+    )
+
+
+class VaeObjective(nn.Module):
+    """Squared and absolute error of the round trip, and the KL divergence to a unit Gaussian."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, images, noise):
+        """images (B, 3, H, W) in [-1, 1]; noise (B, C, H/8, W/8) draws from the posterior."""
+        posterior = self.vae.encode(images).latent_dist
+        decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()
+        error = decoded - images
+        kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
+        squared = error.square().mean()
+        return {"loss": squared + 0.1 * error.abs().mean() + KL_WEIGHT * kl, "squared": squared, "kl": kl}
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of each pair of pictures (B, 3, H, W) in [-1, 1] (peak 2)."""
+    return 10 * torch.log10(4 / (a - b).square().mean((1, 2, 3)))
+
+
+def main(argv=None) -> None:
+    """Train and write a `vae` folder."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, default=Path("models/storybook-sd/vae"))
+    parser.add_argument("--name", default="vae")
+    parser.add_argument("--size", type=int, default=64, help="pixels")
+    parser.add_argument("--latent-channels", type=int, default=4)
+    parser.add_argument("--pictures", type=int, default=100_000)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    images = data.pictures("train", args.pictures, args.size)
+    fresh = data.to_tensor(data.pictures("fresh", 256, args.size))
+    vae = new_vae(args.size, args.latent_channels).to(memory_format=torch.channels_last)
+    objective = VaeObjective(vae)
+    schedule = Schedule(args.steps, args.batch_size, args.learning_rate, ema_decay=0.998)
+    side = args.size // 8
+
+    def make_batch(indices, generator):
+        noise = torch.randn(len(indices), args.latent_channels, side, side, generator=generator)
+        return data.to_tensor(images[indices.numpy()]).contiguous(memory_format=torch.channels_last), noise
+
+    @torch.no_grad()
+    def sample(step):
+        device = vae.device
+        decoded = torch.cat(
+            [vae.decode(vae.encode(part.to(device)).latent_dist.mean).sample.cpu() for part in fresh.split(32)]
+        )
+        print(
+            f"\nvae at step {step}: {psnr(decoded.clamp(-1, 1), fresh).mean():.2f} dB on {len(fresh)} fresh renders",
+            flush=True,
+        )
+        rows = torch.stack([fresh[:8], decoded[:8]]).permute(0, 3, 1, 4, 2).reshape(2 * args.size, 8 * args.size, 3)
+        Image.fromarray(((rows.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()).save(
+            RUNS / args.name / f"samples-{step:06d}.png"
+        )
+
+    train(args.name, objective, vae, make_batch, len(images), schedule, sample)
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(part.to(vae.device)).latent_dist.mean.cpu() for part in fresh.split(32)])
+    # the denoiser wants latents of unit variance; SD1.5 ships its own 1 / std here, 0.18215
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    vae.half().save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The judge is right on renders it has never seen, and its table says what was right."""
+
+import random
+
+import pytest
+from PIL import Image
+
+from storybook.judge import compare, judge, look, share
+from storybook.train import data
+from storybook.train.judge import judged_scene
+from storybook.world import Scene, Thing, caption, parse, render
+
+
+@pytest.fixture(scope="module")
+def table():
+    """2,000 fresh renders, held-out pairs among them, judged against the whole truth."""
+    images, captions = [], []
+    for index in range(2000):
+        scene, rng = judged_scene(index, "judge-test")
+        images.append(render(scene, rng))
+        captions.append(caption(scene))
+    return judge(images, captions)
+
+
+@pytest.mark.parametrize("part", ["object", "colour", "setting", "position"])
+def test_each_part_is_right_on_99_percent_of_fresh_renders(table, part):
+    asked = [row for row in table if row[part] is not None]
+    assert len(asked) > 1500
+    assert share(asked, part) >= 0.99
+
+
+def test_the_judge_was_trained_on_other_pictures():
+    assert data.numbered_rng("judge", 0).random() != data.numbered_rng("judge-test", 0).random()
+
+
+SEEN = Scene((Thing("boat", "red"), Thing("star", "blue")), "sea", "left of")
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("a red boat to the left of a blue star by the sea", (True, True, True, True)),
+        ("a blue star to the right of a red boat", (True, True, None, True)),
+        ("a blue star to the left of a red boat", (False, False, None, False)),
+        ("a blue boat to the left of a red star", (True, False, None, True)),
+        ("a red boat above a blue star", (True, True, None, False)),
+        ("a blue star and a red boat in the snow", (True, True, False, None)),
+        ("a red boat", (False, False, None, None)),
+        ("a boat and a star", (True, None, None, None)),
+    ],
+)
+def test_compare(asked, expected):
+    row = compare(SEEN, parse(asked))
+    assert tuple(row[part] for part in ("object", "colour", "setting", "position")) == expected
+    assert row["all"] == (False not in expected)
+
+
+def test_pictures_of_any_size_and_mode():
+    picture = render(parse("a large red heart in the middle on a plain background"), random.Random(0), 200)
+    for variant in (picture, picture.resize((64, 64)), picture.resize((40, 40)), picture.convert("RGBA")):
+        (seen,) = look([variant])
+        assert (seen.things[0].kind, seen.things[0].colour, seen.setting) == ("heart", "red", "plain")
+
+
+def test_bad_input_is_refused_in_one_sentence():
+    with pytest.raises(ValueError, match="1 pictures came with 2 captions"):
+        judge([Image.new("RGB", (64, 64))], ["a boat", "a cup"])
+    with pytest.raises(ValueError, match="does not know: dragon"):
+        judge([Image.new("RGB", (64, 64))], ["a dragon"])
+    with pytest.raises(ValueError, match="no rows"):
+        share([], "object")
