@@ -3,6 +3,7 @@
 import operator
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteSche
 SMALL_VOCABULARY = 5000  # entries; CLIP's has 49,408 and can spell any word, a small one cannot
 T5_TOKENS = 256  # what StableDiffusion3Pipeline lets its T5 encoder read
 
+_drawing = threading.RLock()  # a panel draws in a thread of its own, and a pipeline serves one run at a time
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -57,6 +60,7 @@ def generate(
     settings: Settings,
     on_step: Callable[[int, int, torch.Tensor], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    say: Callable[[str], None] = print,
 ) -> list[Image.Image]:
     """Draw `settings.count` RGB pictures, or none at all ([]) if `should_stop` said so.
 
@@ -65,14 +69,14 @@ def generate(
     model, so two-stage samplers have more of them than `settings.steps`. `should_stop()` is asked after every step but
     the last. Each picture carries what drew it in `image.info`: "settings" (filled in, its own seed) and "model".
 
-    What the model will not see of the prompt is printed, one sentence each (`notes`). Raises ValueError, one sentence,
-    for settings that cannot be drawn, and RuntimeError naming the stage if numbers stop being finite. Whatever happens,
-    an error in a callback included, the pipeline is left as it was.
+    What the model will not see of the prompt is told to `say`, one sentence each (`notes`). Raises ValueError, one
+    sentence, for settings that cannot be drawn, RuntimeError naming the stage if numbers stop being finite. Whatever
+    happens, an error in a callback included, the pipeline is left as it was. Two threads draw one after the other.
     """
     settings = resolve(pipe, settings)
     said = notes(pipe, settings)
     for sentence in said:
-        print(sentence)
+        say(sentence)
     # CPU generators, one a picture: the same seed gives the same noise on every device and in every batch.
     generators = [torch.Generator("cpu").manual_seed(settings.seed + k) for k in range(settings.count)]
     watched = can_ask() or sys.stderr.isatty()  # a bar in a page that nobody watches is only litter
@@ -92,7 +96,7 @@ def generate(
             raise _Stopped
         return {}
 
-    with _scheduler(pipe, settings.scheduler), _quiet(pipe, bool(said)):
+    with _drawing, _scheduler(pipe, settings.scheduler), _quiet(pipe, bool(said)):
         try:
             pixels = pipe(
                 prompt=settings.prompt,

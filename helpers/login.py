@@ -99,21 +99,19 @@ def explain(error: BaseException, repo_id: str) -> str:
             f"{repo_id} is gated and no valid token was sent: accept the license on {page}, "
             f"make a read token on {TOKEN_PAGE} and put it into HF_TOKEN (environment or Colab secret)."
         )
-    refused = next(
-        (e for e in chain if _status(e) in (401, 403) and not isinstance(e, errors.RepositoryNotFoundError)), None
-    )
-    if refused is not None and _status(refused) == 403:
-        return (
-            f"The token has no right to read {repo_id}: open {TOKEN_PAGE}, edit the token, tick "
-            '"Read access to contents of all public gated repos you can access", and run this again.'
-        )
-    if refused is not None:
-        return f"The Hub does not know this token: make a new read token on {TOKEN_PAGE} and put it into HF_TOKEN."
     if find(errors.RepositoryNotFoundError):
         return (
             f"There is no repository {repo_id} on the Hub that this login may see: "
             f"check the name on {page}, and log in if it is private."
         )
+    status = next((_status(e) for e in chain if _status(e)), None)
+    if status == 403:
+        return (
+            f"The token has no right to read {repo_id}: open {TOKEN_PAGE}, edit the token, tick "
+            '"Read access to contents of all public gated repos you can access", and run this again.'
+        )
+    if status == 401:
+        return f"The Hub does not know this token: make a new read token on {TOKEN_PAGE} and put it into HF_TOKEN."
     if missing := find(errors.RemoteEntryNotFoundError):
         name = str(missing.response.url).partition("/resolve/")[2].partition("/")[2]
         return f"The file {name} is missing from {repo_id}: look at {page}/tree/main, or choose another model."
@@ -123,26 +121,24 @@ def explain(error: BaseException, repo_id: str) -> str:
             "unset it, restart, and run this once with a network."
         )
     if any(isinstance(e, OSError) and e.errno == 28 for e in chain):
+        return f"The disk is full while downloading {repo_id}: free some space and run this again."
+    if status:
         return (
-            f"The disk is full while downloading {repo_id}: free some space and run this again, the download continues."
-        )
-    if code := next((_status(e) for e in chain if _status(e)), None):
-        return (
-            f"The Hub answered with error {code} for {repo_id}: "
-            "wait a minute and run this again, the download continues."
+            f"The Hub answered with error {status} for {repo_id}: "
+            "wait a minute and run this again, finished files are kept."
         )
     if find(errors.HFValidationError):
         return "That is not the name of a repository on the Hub: write it as owner/name."
     return (
         f"The connection to the Hub failed or was cut while downloading {repo_id}: "
-        "check the network and run this again, the download continues."
+        "check the network and run this again, finished files are kept."
     )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
 
 
 def _status(error: BaseException) -> int | None:

@@ -129,14 +129,15 @@ def load(model: Model | str, plan: None = None) -> diffusers.DiffusionPipeline:
     comes without its safety checker, which costs 1.2 GB more: show what it draws to others only after a look of your
     own. The pipeline gets an attribute `model`, from which `generate` takes defaults. `plan` is for larger models and
     must be None so far. Raises ValueError for an unknown name, LoadError (one sentence) for everything that can go
-    wrong with network, access or files; nothing then needs cleaning up, calling again continues a broken download.
+    wrong with network, access or files; nothing then needs cleaning up, and calling again keeps complete files.
     """
     model = _find(model) if isinstance(model, str) else model
     if plan is not None:
         raise ValueError("Loading plans are not here yet: leave plan out.")
     device = Budget.detect().device
     dtype = torch.float32 if device == "cpu" else torch.float16
-    cls = getattr(diffusers, model.pipeline)
+    with _unworried():
+        cls = getattr(diffusers, model.pipeline)
     if model.folder is not None:
         pipe = _from_folder(cls, model, ROOT / model.folder, dtype)
     else:
@@ -156,13 +157,14 @@ def _from_hub(cls, model: Model, dtype: torch.dtype) -> diffusers.DiffusionPipel
     try:
         check_access(model.hub_id)
     except AccessError as error:
-        gone = error.__cause__
-        missing = isinstance(gone, errors.RepositoryNotFoundError) and not isinstance(gone, errors.GatedRepoError)
-        if not missing or model.mirror is None:
+        reason = error.__cause__
+        gone = isinstance(reason, errors.RepositoryNotFoundError) and not isinstance(reason, errors.GatedRepoError)
+        if not gone or model.mirror is None:
             raise LoadError(str(error)) from error
-        print(f"{model.hub_id} is gone from the Hub, so the mirror {model.mirror} is used.")
-        return _from_mirror(cls, model, dtype)
-    return _from_folder(cls, model, _download(cls, model, model.hub_id), dtype)
+    else:
+        return _from_folder(cls, model, _download(cls, model, model.hub_id), dtype)
+    print(f"{model.hub_id} is gone from the Hub, so the mirror {model.mirror} is used.")
+    return _from_mirror(cls, model, dtype)
 
 
 def _download(cls, model: Model, repo_id: str) -> Path:
@@ -171,6 +173,11 @@ def _download(cls, model: Model, repo_id: str) -> Path:
     try:
         return Path(cls.download(repo_id, variant=model.variant, use_safetensors=True, **without))
     except HUB_ERRORS as error:
+        if type(error) is OSError and error.errno is None and error.__cause__ is None and "safetensors" in str(error):
+            raise LoadError(
+                f"The weights of {repo_id} are not all there as .safetensors files: "
+                f"look at https://huggingface.co/{repo_id}/tree/main, or choose another model."
+            ) from error
         raise LoadError(explain(error, repo_id)) from error
 
 
@@ -283,3 +290,14 @@ def _no_bars() -> Iterator[None]:
         for enable in restore:
             enable()
         (disable_progress_bars if hub_quiet else enable_progress_bars)()
+
+
+@contextmanager
+def _unworried() -> Iterator[None]:
+    """The first import of a pipeline warns about packages that it can do without; the page need not."""
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)

@@ -104,7 +104,7 @@ def distances_between_seeds(pipeline, guidance: float, prompts: int = 10, seeds:
 
 def nearest_training_render(images: list, count: int) -> np.ndarray:
     """Root mean square distance (0..1) of each picture to the nearest of `count` training renders."""
-    training = torch.from_numpy(data.pictures("train", count, images[0].width).reshape(count, -1)).half() / 255
+    training = torch.from_numpy(data.pictures("train", count, images[0].width)[..., :3].reshape(count, -1)).half() / 255
     queries = torch.from_numpy(np.stack([np.asarray(image) for image in images]).reshape(len(images), -1)).float() / 255
     best = torch.full((len(images),), float("inf"))
     for part in training.split(5000):
@@ -173,7 +173,7 @@ def main() -> None:
     rows = measure(args.folder, args.guidance, args.count, args.training_pictures)
     text = "\n".join(["| measured | figure |", "|---|---|", *(f"| {what} | {figure} |" for what, figure in rows)])
     text += (
-        f"\n\nGuidance {args.guidance:g}, {STEPS} steps, the folder's own scheduler, {args.count} prompts of each sort. "
+        f"\n\nGuidance {args.guidance:g}, {STEPS} steps, the folder's own scheduler, {args.count} prompts each. "
         "Distances are root mean squares over pixels in 0..1. "
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"diffusers {diffusers.__version__}."

@@ -401,22 +401,13 @@ def _draw_thing(image: Image.Image, placed_thing) -> Image.Image:
     return silhouette
 
 
-def _draw(scene, rng, size):
-    if size < 8:
-        raise ValueError(f"A picture is at least 8 pixels wide; {size} was asked for.")
-    setting, look, placed = _layout(scene, rng)
-    canvas = _backdrop(setting, look, 2 * size)  # drawn at twice the size, then averaged
-    silhouettes = [_draw_thing(canvas, thing) for thing in placed]
-    return canvas, silhouettes
-
-
 def render(scene: Scene, rng: random.Random, size: int = 128) -> Image.Image:
     """Draw `scene` as an RGB picture of `size` x `size` pixels.
 
     `rng` decides the small variations and whatever the scene leaves unsaid: the same scene and the
     same state of `rng` give the same picture.
     """
-    return _draw(scene, rng, size)[0].reduce(2)
+    return render_with_masks(scene, rng, size)[0]
 
 
 def masks(scene: Scene, rng: random.Random, size: int = 128) -> list[np.ndarray]:
@@ -425,11 +416,20 @@ def masks(scene: Scene, rng: random.Random, size: int = 128) -> list[np.ndarray]
     Given `rng` in the same state as `render` got it, the masks fit that picture. A later thing
     hides what it covers of an earlier one.
     """
-    layers = [np.asarray(layer.reduce(2)) > 127 for layer in _draw(scene, rng, size)[1]]
+    return render_with_masks(scene, rng, size)[1]
+
+
+def render_with_masks(scene: Scene, rng: random.Random, size: int = 128) -> tuple[Image.Image, list[np.ndarray]]:
+    """What `render` and `masks` return, from one drawing."""
+    if size < 8:
+        raise ValueError(f"A picture is at least 8 pixels wide; {size} was asked for.")
+    setting, look, placed = _layout(scene, rng)
+    canvas = _backdrop(setting, look, 2 * size)  # drawn at twice the size, then averaged
+    layers = [np.asarray(_draw_thing(canvas, thing).reduce(2)) > 127 for thing in placed]
     for index in range(len(layers) - 1):
         for later in layers[index + 1 :]:
             layers[index] = layers[index] & ~later
-    return layers
+    return canvas.reduce(2), layers
 
 
 # --- scenes and captions ------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -22,7 +23,8 @@ class Hub:
         self.gate: str | None = None  # "gated": files want a token in `allowed`; "fine-grained": a right is missing
         self.allowed: set[str] = set()  # tokens whose account has accepted the license
         self.known: set[str] = set()  # tokens that exist
-        self.cut: tuple[str, int] | None = None  # (file, n): connections break after byte n of it
+        self.cut: tuple[str, int] | None = None  # (file, n): connections break after byte n of it ...
+        self.cuts = 1_000_000  # ... so many times
         self.requests: list[tuple[str, str, str | None]] = []  # (method, path, Range)
         self.tokens: set[str] = set()  # tokens that were sent to us
 
@@ -44,6 +46,8 @@ class Hub:
 
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
             monkeypatch.delenv(name, raising=False)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, self.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "ENDPOINT", self.url)
         monkeypatch.setattr(hf_api.api, "endpoint", self.url)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
@@ -51,6 +55,9 @@ class Hub:
         monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(cache / "no-tokens"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        # The client waits seconds between its tries; there is nothing to wait for here.
+        sleep = time.sleep
+        monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -111,7 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         end = len(content)
-        if self.hub.cut is not None and self.hub.cut[0] == name:
+        if self.hub.cut is not None and self.hub.cut[0] == name and self.hub.cuts > 0:
+            self.hub.cuts -= 1
             end = self.hub.cut[1]
             self.close_connection = True
         self.wfile.write(content[start:end])

@@ -61,7 +61,7 @@ def test_every_scheduler_draws_and_the_own_one_comes_back(pipe, sd3, steps):
         for name in schedulers(one):
             assert len(generate(one, Settings(PROMPT, steps=steps, guidance=3.0, scheduler=name))) == 1
         assert one.scheduler is own
-        assert vars(own).keys() == state.keys() and own.num_inference_steps == state.get("num_inference_steps")
+        assert vars(own).keys() == state.keys() and all(vars(own)[key] is state[key] for key in state)
     assert schedulers(sd3) == FLOW_SCHEDULERS
 
 
@@ -190,5 +190,7 @@ def test_design_names():
     assert list(inspect.signature(Settings).parameters) == (
         "prompt negative_prompt steps guidance seed height width scheduler count".split()
     )
-    assert list(inspect.signature(helpers.generate.generate).parameters) == "pipe settings on_step should_stop".split()
+    assert (
+        list(inspect.signature(helpers.generate.generate).parameters)[:4] == "pipe settings on_step should_stop".split()
+    )
     assert MODELS["sd15"].twin in MODELS

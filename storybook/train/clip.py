@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 from storybook import world
 from storybook.train import data
-from storybook.train.loop import Schedule, train
+from storybook.train.loop import Schedule, keep_log, train
 
 MAX_TOKENS = 32  # the longest caption takes 23; SD1.5 has 77
 OUT = Path("models/storybook-clip")
@@ -97,11 +97,12 @@ def main(argv=None) -> None:
         return data.to_tensor(images[indices.numpy()]), tokenize(tokenizer, texts)
 
     schedule = Schedule(args.steps, args.batch_size, 1e-3, weight_decay=0.05)
-    train("clip", ClipObjective(clip), clip, make_batch, args.pictures, schedule)
+    run = train("clip", ClipObjective(clip), clip, make_batch, args.pictures, schedule)
     save_half(clip, args.out)
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # [0, 1] to [-1, 1], as the VAE takes it
     CLIPImageProcessorPil(size={"shortest_edge": args.size}, crop_size=args.size, **half).save_pretrained(args.out)
     save_tokenizer(tokenizer, args.out)
+    keep_log(run, args.out)
 
 
 def save_half(model: PreTrainedModel, folder: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from storybook.world import Scene, caption, random_scene, render
+from storybook.world import Scene, caption, random_scene, render_with_masks
 
 CACHE = Path("outputs/train/data")
 
@@ -25,24 +25,27 @@ def numbered_scene(split: str, index: int) -> tuple[Scene, random.Random]:
     return random_scene(rng), rng
 
 
-def draw(job) -> np.ndarray:
-    """The picture of one job (split, index, size); at top level so that worker processes find it."""
+def draw(job: tuple[str, int, int]) -> np.ndarray:
+    """The picture of one job (split, index, size) with an alpha channel that is 255 where the things are."""
     split, index, size = job
     scene, rng = numbered_scene(split, index)
-    return np.asarray(render(scene, rng, size))
+    picture, masks = render_with_masks(scene, rng, size)
+    things = np.logical_or.reduce(masks).astype(np.uint8) * 255
+    return np.dstack([np.asarray(picture), things])
 
 
 def pictures(split: str, count: int, size: int, draw=draw, cache: Path = CACHE) -> np.ndarray:
-    """`count` renders as uint8 (count, size, size, 3), memory-mapped from a file made on first use."""
+    """`count` pictures as uint8 (count, size, size, channels), memory-mapped from a file made on first use."""
     path = cache / f"{split}-{count}-{size}.npy"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")
-        array = np.lib.format.open_memmap(partial, "w+", np.uint8, (count, size, size, 3))
+        shape = (count, *draw((split, 0, size)).shape)
+        array = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
         jobs = ((split, index, size) for index in range(count))
         with Pool() as pool:
             drawn = pool.imap(draw, jobs, chunksize=64)
-            for index, picture in enumerate(tqdm(drawn, f"rendering {split}", count, unit="picture")):
+            for index, picture in enumerate(tqdm(drawn, f"rendering {split}", count, unit="picture", mininterval=2)):
                 array[index] = picture
         array.flush()
         partial.rename(path)  # a killed run leaves no half-written file under the final name
@@ -61,5 +64,5 @@ def captions(chosen: list[Scene], seed: int) -> list[str]:
 
 
 def to_tensor(batch: np.ndarray) -> torch.Tensor:
-    """uint8 (B, H, W, 3) in 0..255 to float (B, 3, H, W) in [-1, 1], the range that the VAE works in."""
-    return torch.from_numpy(np.ascontiguousarray(batch)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    """uint8 (B, H, W, 3 or 4) in 0..255 to float (B, 3, H, W) in [-1, 1], the range that the VAE works in."""
+    return torch.from_numpy(np.ascontiguousarray(batch[..., :3])).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -15,7 +15,7 @@ from torch import nn
 
 from storybook.judge import _COLOURS, _KINDS, ARRANGEMENTS, HEADS, SIDE, WEIGHTS, Judge, slots
 from storybook.train import data
-from storybook.train.loop import Schedule, train
+from storybook.train.loop import Schedule, keep_log, train
 from storybook.world import COLOURS, SETTINGS, Scene, complete, random_scene, render
 
 
@@ -91,13 +91,14 @@ def main(argv=None) -> None:
         return roughen(data.to_tensor(images[indices.numpy()]), generator), targets[indices]
 
     schedule = Schedule(args.steps, args.batch_size, 2e-3, weight_decay=0.02)
-    train("judge", JudgeObjective(judge), judge, make_batch, args.pictures, schedule)
+    run = train("judge", JudgeObjective(judge), judge, make_batch, args.pictures, schedule)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     state = {
         name: tensor.half().contiguous() if tensor.is_floating_point() else tensor
         for name, tensor in judge.state_dict().items()
     }
     save_file(state, args.out)
+    keep_log(run, args.out.parent)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from helpers.images import grid
+from storybook.evaluate import draw, seen_prompts
+from storybook.judge import WEIGHTS, judge, share
 from storybook.train import clip, data
-from storybook.train.loop import RUNS, Schedule, make_accelerator, train
+from storybook.train.loop import RUNS, Schedule, keep_log, make_accelerator, train
 
 OUT = Path("models/storybook-sd")
 CAPTION_DROPOUT = 0.1
@@ -89,21 +92,21 @@ def cached_latents(vae: AutoencoderKL, images: np.ndarray, accelerator) -> torch
     return torch.from_numpy(np.load(path))
 
 
-def export(unet, text_encoder, vae, tokenizer, folder: Path) -> None:
-    """Write a stock StableDiffusionPipeline folder in half precision."""
-    pipeline = StableDiffusionPipeline(
-        vae.half(),
-        text_encoder.half(),
-        tokenizer,
-        unet.half(),
-        PNDMScheduler(**SAMPLING),
-        None,
-        None,
-        requires_safety_checker=False,
+def assemble(unet, text_encoder, vae, tokenizer) -> StableDiffusionPipeline:
+    """The stock pipeline, with SD1.5's scheduler settings and no safety checker."""
+    scheduler = PNDMScheduler(**SAMPLING)
+    return StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     )
+
+
+def export(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """Write the folder in half precision."""
+    for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+        part.half()
     pipeline.save_pretrained(folder)
-    clip.save_half(text_encoder, folder / "text_encoder")
-    clip.save_tokenizer(tokenizer, folder / "tokenizer")
+    clip.save_half(pipeline.text_encoder, folder / "text_encoder")
+    clip.save_tokenizer(pipeline.tokenizer, folder / "tokenizer")
 
 
 def main(argv=None) -> None:
@@ -134,20 +137,19 @@ def main(argv=None) -> None:
         return clean, noise, stratified_timesteps(len(indices), generator), clip.tokenize(tokenizer, texts)
 
     def sample(step):
-        from helpers.images import grid  # here, so that training itself needs only storybook
-
-        pipeline = StableDiffusionPipeline(
-            vae, text_encoder, tokenizer, unet, PNDMScheduler(**SAMPLING), None, None, requires_safety_checker=False
-        )
+        pipeline = assemble(unet, text_encoder, vae, tokenizer)
         pipeline.set_progress_bar_config(disable=True)
-        prompts = data.captions(data.scenes("fresh", 16), seed=0)
-        seeds = [torch.Generator().manual_seed(index) for index in range(len(prompts))]
-        images = pipeline(prompts, num_inference_steps=25, guidance_scale=3.0, generator=seeds).images
-        grid(images, columns=4, labels=prompts).save(RUNS / "sd" / f"samples-{step:06d}.png")
+        prompts = seen_prompts(32)
+        images = draw(pipeline, prompts, guidance=4.0)
+        if WEIGHTS.exists():
+            right = share(judge(images, prompts), "object", "colour", "setting")
+            print(f"\nsd at step {step}: object, colour and setting right on {right:.0%} of {len(prompts)}", flush=True)
+        grid(images[:16], columns=4, labels=prompts[:16]).save(RUNS / "sd" / f"samples-{step:06d}.png")
 
     schedule = Schedule(args.steps, args.batch_size, args.learning_rate, warmup=200, ema_decay=0.9995, save_every=500)
-    train("sd", NoisePrediction(unet, text_encoder), unet, make_batch, args.pictures, schedule, sample)
-    export(unet, text_encoder, vae, tokenizer, args.out)
+    run = train("sd", NoisePrediction(unet, text_encoder), unet, make_batch, args.pictures, schedule, sample)
+    export(assemble(unet, text_encoder, vae, tokenizer), args.out)
+    keep_log(run, args.out)
 
 
 if __name__ == "__main__":
