@@ -1,0 +1,181 @@
+"""Every part of from_scratch against diffusers and transformers with the same random weights, in float32."""
+
+import pytest
+import random_sd
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
+from random_sd import difference
+
+from from_scratch import attention, blocks, checkpoint
+from from_scratch.unet import timestep_embedding
+
+TOLERANCE = 1e-5
+# Group norms of small values show a wrong epsilon, those of large ones do not.
+SCALES = (1.0, 0.003)
+
+
+def ours(part: str, module: torch.nn.Module):
+    """The module's weights in from_scratch, as a folder with its configuration would be loaded."""
+    make = {"unet": checkpoint.make_unet, "vae": checkpoint.make_vae, "text_encoder": checkpoint.make_text_encoder}
+    entries = {n: checkpoint.Entry(tuple(w.shape), lambda w=w: w) for n, w in module.state_dict().items()}
+    entries = checkpoint.rename(entries, checkpoint.RENAMES.split())
+    config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
+    with torch.device("meta"):
+        made = make[part](entries, config)
+    return checkpoint.fill(made, entries, torch.float32, "cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def unets():
+    theirs = random_sd.unet()
+    return ours("unet", theirs), theirs
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_text_encoder(heads):
+    theirs = random_sd.text_encoder(300, heads=heads, layers=3)
+    tokens = torch.randint(0, 300, (3, 77))
+    made = ours("text_encoder", theirs)
+    assert difference(made(tokens), theirs(tokens)[0]) < TOLERANCE
+    assert difference(made(tokens[:, :9]), made(tokens)[:, :9]) < TOLERANCE  # what comes later changes nothing before
+
+
+@pytest.mark.parametrize("config", [{}, {"widths": (16, 24, 32), "layers": 1, "groups": 8, "scaling_factor": 0.7}])
+@pytest.mark.parametrize("scale", SCALES)
+def test_vae(config, scale):
+    theirs = random_sd.vae(**config)
+    made = ours("vae", theirs)
+    images = scale * torch.randn(2, 3, 48, 32)
+    mean, deviation = made.distribution(images)
+    expected = theirs.encode(images).latent_dist
+    assert difference(mean, expected.mean) < TOLERANCE
+    assert difference(deviation, expected.std) < TOLERANCE
+    noise = torch.randn_like(mean)
+    latents = (expected.mean + expected.std * noise) * theirs.config.scaling_factor
+    assert difference(made.encode(images, noise), latents) < TOLERANCE
+    z = scale * torch.randn(2, 4, 6, 4)
+    assert difference(made.decode(z), theirs.decode(z / theirs.config.scaling_factor).sample) < TOLERANCE
+
+
+def test_timestep_embedding():
+    times = torch.tensor([1, 21, 981, 999])
+    expected = get_timestep_embedding(times, 320, flip_sin_to_cos=True, downscale_freq_shift=0)
+    assert torch.equal(timestep_embedding(times, 320), expected)
+
+
+def setting(theirs, scale: float, channels: int):
+    """Random input of a block, the time embedding and a prompt of 9 words."""
+    x, context = scale * torch.randn(2, channels, 8, 6), torch.randn(2, 9, theirs.config.cross_attention_dim)
+    return x, torch.randn(2, 4 * theirs.config.block_out_channels[0]), context
+
+
+def words(block, context):
+    return iter([m.keys_values(context) for m in block.modules() if isinstance(m, attention.CrossAttention)])
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+def test_down_blocks(unets, level, scale):
+    made, theirs = (unet.down_blocks[level] for unet in unets)
+    x, time, context = setting(unets[1], scale, (32, 32, 64, 96)[level])
+    more = {"encoder_hidden_states": context} if level < 3 else {}
+    result, skips = made(x, blocks.silu(time.clone()), words(made, context))
+    expected, expected_skips = theirs(x, time, **more)
+    assert difference(result, expected) < TOLERANCE
+    assert len(skips) == len(expected_skips)
+    for a, b in zip(skips, expected_skips, strict=True):
+        assert difference(a, b) < TOLERANCE
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_mid_block(unets, scale):
+    made, theirs = (unet.mid_block for unet in unets)
+    x, time, context = setting(unets[1], scale, 96)
+    expected = theirs(x, time, encoder_hidden_states=context)
+    assert difference(made(x, blocks.silu(time.clone()), words(made, context)), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+def test_up_blocks(unets, level, scale):
+    made, theirs = (unet.up_blocks[level] for unet in unets)
+    x, time, context = setting(unets[1], scale, (96, 96, 96, 64)[level])
+    reads = [resnet.conv1.in_channels for resnet in theirs.resnets]
+    writes = theirs.resnets[0].conv1.out_channels
+    before = [x.shape[1]] + [writes] * (len(reads) - 1)
+    skips = [scale * torch.randn(2, r - b, 8, 6) for r, b in zip(reads, before, strict=True)][::-1]
+    more = {"encoder_hidden_states": context} if level > 0 else {}
+    expected = theirs(x, tuple(skips), time, **more)
+    following = [torch.empty(2, 1, 16, 12)]  # the next level's skip, which gives the size to grow to
+    assert difference(made(x, blocks.silu(time.clone()), words(made, context), following + skips), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 40), (9, 13), (1, 3)])
+def test_unet_at_any_size(unets, size):
+    made, theirs = unets
+    x, context = torch.randn(2, 4, *size), torch.randn(2, 77, 64)
+    expected = theirs(x, 981, context).sample
+    assert difference(made(x, 981, context), expected) < TOLERANCE
+    assert difference(made(x, torch.tensor([981, 981]), made.keys_values(context)), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("layers, widths, plain", [(1, (64, 96), 0), (3, (32, 64, 64), 2)])
+def test_unet_of_other_widths_and_depths(layers, widths, plain):
+    theirs = random_sd.unet(widths, layers, plain, context=48, heads=4, groups=16)
+    x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 20, 48)
+    times = torch.tensor([21])
+    assert difference(ours("unet", theirs)(x, times, context), theirs(x, times, context).sample) < TOLERANCE
+
+
+def test_a_batch_may_be_at_different_times(unets):
+    made, theirs = unets
+    x, context, times = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 64), torch.tensor([1, 801])
+    assert difference(made(x, times, context), theirs(x, times, context).sample) < TOLERANCE
+
+
+def test_gradients_are_those_of_diffusers(unets):
+    made, theirs = unets
+    x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 64)
+    with torch.enable_grad():
+        made(x, 500, context).square().mean().backward()
+        theirs(x, 500, context).sample.square().mean().backward()
+    pairs = [
+        (made.conv_in.weight, theirs.conv_in.weight),
+        (made.down_blocks[0].attentions[0].transformer_blocks[0].ff.proj_in.weight,
+         theirs.down_blocks[0].attentions[0].transformer_blocks[0].ff.net[0].proj.weight),
+        (made.up_blocks[2].upsample.conv.weight, theirs.up_blocks[2].upsamplers[0].conv.weight),
+    ]  # fmt: skip
+    for a, b in pairs:
+        assert difference(a.grad, b.grad) < 1e-4
+    made.zero_grad()
+    theirs.zero_grad()
+
+
+@pytest.mark.parametrize("rows", [128, 144, 130])
+def test_linear_is_a_linear_layer(rows):
+    layer = attention.Linear(48, 80)
+    x = torch.randn(2, rows // 2, 48)
+    assert difference(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias)) < TOLERANCE
+
+
+@pytest.mark.parametrize("size", [(33, 40), (8, 8)])  # large enough for the shortcut, and not
+def test_upsampling_is_nearest_then_a_convolution(size):
+    layer = blocks.Upsample(12)
+    x = torch.randn(1, 12, *size).to(memory_format=torch.channels_last)
+    expected = layer.conv(torch.nn.functional.interpolate(x, scale_factor=2.0))
+    assert difference(layer(x), expected) < TOLERANCE
+
+
+def test_attention_map_is_what_attention_weighs_with():
+    q, k, v = torch.randn(2, 10, 16), torch.randn(2, 7, 16), torch.randn(2, 7, 16)
+    table = attention.attention_map(q, k, heads=4)
+    assert difference(table.sum(-1), torch.ones(2, 4, 10)) < TOLERANCE
+    weighed = (table @ attention.split_heads(v, 4)).transpose(1, 2).flatten(2)
+    assert difference(attention.attention(q, k, v, heads=4), weighed) < TOLERANCE
