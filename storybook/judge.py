@@ -1,7 +1,6 @@
 """Says what a storybook picture shows. It learned from renders alone, never from generated pictures.
 
-`look` names what is in each picture, `judge` compares that with captions, `accuracy` measures the
-judge itself on fresh renders, where the truth is known.
+`look` names what is in each picture, `judge` compares that with captions.
 """
 
 from functools import cache

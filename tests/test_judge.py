@@ -7,19 +7,13 @@ from PIL import Image
 
 from storybook.judge import compare, judge, look, share
 from storybook.train import data
-from storybook.train.judge import judged_scene
-from storybook.world import Scene, Thing, caption, parse, render
+from storybook.train.judge import fresh_table
+from storybook.world import Scene, Thing, parse, render
 
 
 @pytest.fixture(scope="module")
 def table():
-    """2,000 fresh renders, held-out pairs among them, judged against the whole truth."""
-    images, captions = [], []
-    for index in range(2000):
-        scene, rng = judged_scene(index, "judge-test")
-        images.append(render(scene, rng))
-        captions.append(caption(scene))
-    return judge(images, captions)
+    return fresh_table(2000)
 
 
 @pytest.mark.parametrize("part", ["object", "colour", "setting", "position"])

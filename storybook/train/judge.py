@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from storybook.judge import _COLOURS, _KINDS, ARRANGEMENTS, HEADS, SIDE, WEIGHTS, Judge, slots
+from storybook.judge import _COLOURS, _KINDS, ARRANGEMENTS, HEADS, SIDE, WEIGHTS, Judge, judge, slots
 from storybook.train import data
 from storybook.train.loop import Schedule, keep_log, train
-from storybook.world import COLOURS, SETTINGS, Scene, complete, random_scene, render
+from storybook.world import COLOURS, SETTINGS, Scene, caption, complete, random_scene, render
 
 
 def judged_scene(index: int, split: str = "judge") -> tuple[Scene, random.Random]:
@@ -74,28 +74,34 @@ class JudgeObjective(nn.Module):
         return {"loss": torch.stack(losses).sum() / len(targets)}  # a mean would be 0 / 0 without second things
 
 
+def fresh_table(count: int = 2000) -> list[dict]:
+    """The judge's rows for `count` renders that it never saw, held-out pairs among them, against the whole truth."""
+    drawn = [judged_scene(index, "judge-test") for index in range(count)]
+    return judge([render(scene, rng) for scene, rng in drawn], [caption(scene) for scene, _ in drawn])
+
+
 def main(argv=None) -> None:
     """Train and write models/storybook-judge."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--pictures", type=int, default=60_000)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--batch-size", type=int, default=128)
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     images = data.pictures("judge", args.pictures, SIDE, draw)
     targets = torch.tensor([labels(judged_scene(index)[0]) for index in range(args.pictures)])
-    judge = Judge().to(memory_format=torch.channels_last)
+    network = Judge().to(memory_format=torch.channels_last)
 
     def make_batch(indices, generator):
         return roughen(data.to_tensor(images[indices.numpy()]), generator), targets[indices]
 
     schedule = Schedule(args.steps, args.batch_size, 2e-3, weight_decay=0.02)
-    run = train("judge", JudgeObjective(judge), judge, make_batch, args.pictures, schedule)
+    run = train("judge", JudgeObjective(network), network, make_batch, args.pictures, schedule)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     state = {
         name: tensor.half().contiguous() if tensor.is_floating_point() else tensor
-        for name, tensor in judge.state_dict().items()
+        for name, tensor in network.state_dict().items()
     }
     save_file(state, args.out)
     keep_log(run, args.out.parent)

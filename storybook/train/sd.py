@@ -29,7 +29,7 @@ CAPTION_DROPOUT = 0.1
 MIN_SNR_GAMMA = 5.0
 # Stable Diffusion 1.5's own numbers, for training and for sampling
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-SAMPLING = {**NOISE, "skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False}
+SAMPLING = {**NOISE, "skip_prk_steps": True, "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
 
 
 def new_unet(latent_side: int, text_width: int) -> UNet2DConditionModel:
@@ -94,7 +94,7 @@ def cached_latents(vae: AutoencoderKL, images: np.ndarray, accelerator) -> torch
 
 def assemble(unet, text_encoder, vae, tokenizer) -> StableDiffusionPipeline:
     """The stock pipeline, with SD1.5's scheduler settings and no safety checker."""
-    scheduler = PNDMScheduler(**SAMPLING)
+    scheduler = PNDMScheduler.from_config(SAMPLING)  # keeps clip_sample for samplers made from its config
     return StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     )
