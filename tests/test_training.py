@@ -52,9 +52,7 @@ def test_a_killed_run_resumes_with_the_same_losses(tmp_path, straight):
 
 def test_two_processes_share_the_batch_and_agree(tmp_path, straight):
     """Half the batch each, and gradients averaged: the same weights in both, and the loss falls as with one."""
-    both = toy(
-        tmp_path, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"
-    )
+    both = toy(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     assert len(both) == 40
     first, second = (torch.load(tmp_path / f"toy-{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)

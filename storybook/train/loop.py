@@ -52,7 +52,7 @@ def precision() -> str:
 
 
 def make_accelerator() -> Accelerator:
-    """An Accelerator for the machine at hand; `accelerate launch` decides how many processes."""
+    """An Accelerator for the machine at hand; `torchrun` or `accelerate launch` decide how many processes."""
     return Accelerator(mixed_precision=precision(), cpu=not torch.cuda.is_available())
 
 
