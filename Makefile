@@ -12,12 +12,15 @@ STAMP := .venv/installed
 
 # Idle threads sleep rather than spin: spinning ones stall whatever else runs on the machine.
 export OMP_WAIT_POLICY := PASSIVE
+# In a container you are root, which Jupyter wants to hear confirmed.
+AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: lab test train evaluate badges clean
 
 lab: $(STAMP)
-	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+	$(BIN)/jupyter lab $(AS_ROOT) notebooks/00_start_here.ipynb
 
 # Two workers with one thread each. Notebooks run as on a machine with no GPU and no network.
 test: export OMP_NUM_THREADS := 1
