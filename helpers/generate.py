@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from helpers.login import can_ask
+from helpers.memory import free
 
 # Samplers that share SD1.5's noise schedule, so that one can stand in for another; and those for flow matching.
 DIFFUSION_SCHEDULERS = (
@@ -69,6 +70,10 @@ def generate(
     model, so two-stage samplers have more of them than `settings.steps`. `should_stop()` is asked after every step but
     the last. Each picture carries what drew it in `image.info`: "settings" (filled in, its own seed) and "model".
 
+    Where the GPU's memory runs full, a pipeline with a plan starts again under the next one down, and a picture is
+    decoded in tiles; `say` is told so. If decoding fails all the same, the finished latents are in `pipe.kept_latents`
+    for `decode(pipe, pipe.kept_latents)`, and the steps need not be repeated.
+
     What the model will not see of the prompt is told to `say`, one sentence each (`notes`). Raises ValueError, one
     sentence, for settings that cannot be drawn, RuntimeError naming the stage if numbers stop being finite. Whatever
     happens, an error in a callback included, the pipeline is left as it was. Two threads draw one after the other.
@@ -77,8 +82,6 @@ def generate(
     said = notes(pipe, settings)
     for sentence in said:
         say(sentence)
-    # CPU generators, one a picture: the same seed gives the same noise on every device and in every batch.
-    generators = [torch.Generator("cpu").manual_seed(settings.seed + k) for k in range(settings.count)]
     watched = can_ask() or sys.stderr.isatty()  # a bar in a page that nobody watches is only litter
     bar = tqdm(total=settings.steps, leave=False, disable=not watched) if on_step is None else None
 
@@ -90,27 +93,34 @@ def generate(
         if on_step is not None:
             on_step(index + 1, steps, tensors["latents"])
         if bar is not None:
-            bar.total = steps
-            bar.update()
+            bar.total, bar.n = steps, index + 1  # also after a new start
+            bar.refresh()
         if should_stop is not None and index + 1 < steps and should_stop():
             raise _Stopped
         return {}
 
+    def denoise() -> torch.Tensor:
+        # CPU generators, one a picture: the same seed gives the same noise on every device and in every batch.
+        generators = [torch.Generator("cpu").manual_seed(settings.seed + k) for k in range(settings.count)]
+        return pipe(
+            prompt=settings.prompt,
+            negative_prompt=settings.negative_prompt,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            height=settings.height,
+            width=settings.width,
+            num_images_per_prompt=settings.count,
+            generator=generators,
+            output_type="latent",
+            callback_on_step_end=after_step,
+            callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+        ).images
+
     with _drawing, _scheduler(pipe, settings.scheduler), _quiet(pipe, bool(said)):
         try:
-            pixels = pipe(
-                prompt=settings.prompt,
-                negative_prompt=settings.negative_prompt,
-                num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance,
-                height=settings.height,
-                width=settings.width,
-                num_images_per_prompt=settings.count,
-                generator=generators,
-                output_type="pt",  # (count, 3, height, width) in [0, 1]; PIL would hide a NaN as black
-                callback_on_step_end=after_step,
-                callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
-            ).images
+            latents = _with_less_memory(pipe, denoise, settings, say)
+            pipe.kept_latents = latents  # until they are a picture
+            pixels = decode(pipe, latents, say)
         except _Stopped:
             return []
         finally:
@@ -118,11 +128,36 @@ def generate(
             if bar is not None:
                 bar.close()
     _require_finite(pixels, "the decoded picture")
+    pipe.kept_latents = None
     images = pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(pixels))
     for k, image in enumerate(images):
         image.info["settings"] = replace(settings, seed=settings.seed + k, count=1)
         image.info["model"] = model_name(pipe)
     return images
+
+
+@torch.no_grad()
+def decode(
+    pipe: diffusers.DiffusionPipeline, latents: torch.Tensor, say: Callable[[str], None] = print
+) -> torch.Tensor:
+    """Latents (B, C, h, w) to pixels (B, 3, H, W) in [0, 1]; in tiles if the GPU's memory is full.
+
+    Raises RuntimeError, one sentence, if it is too full for tiles as well.
+    """
+    vae = pipe.vae
+    scaled = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+    whole = _unless_full(lambda: vae.decode(scaled, return_dict=False)[0])
+    if whole is None:
+        say("The memory is full while decoding, so the picture is decoded in tiles, which may differ a little in tone.")
+        whole = _unless_full(lambda: _decode_in_tiles(vae, scaled))
+    if whole is None:
+        raise RuntimeError(
+            "The memory is full while decoding: free some, then decode(pipe, pipe.kept_latents) makes the picture."
+        )
+    hidden = [False] * len(whole)
+    if getattr(pipe, "safety_checker", None) is not None:  # in a pipeline from elsewhere
+        whole, hidden = pipe.run_safety_checker(whole, whole.device, whole.dtype)
+    return pipe.image_processor.postprocess(whole, "pt", [not h for h in hidden])
 
 
 def resolve(pipe: diffusers.DiffusionPipeline, settings: Settings) -> Settings:
@@ -208,7 +243,8 @@ def schedulers(pipe: diffusers.DiffusionPipeline) -> tuple[str, ...]:
 def own_size(pipe: diffusers.DiffusionPipeline) -> tuple[int, int]:
     """(height, width) in pixels of the pictures that the model was trained on."""
     network = getattr(pipe, "unet", None) or pipe.transformer
-    size = network.config.sample_size
+    # Under some plans (helpers.planned) the network is loaded later.
+    size = pipe.default_sample_size if network is None else network.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
 
@@ -240,6 +276,45 @@ def _side(pipe, value, name: str, own: int) -> int:
         near = max(low, min(high, round(side / multiple) * multiple))
         raise ValueError(f"The {name} {side} is not divisible by {multiple}: try {near}.")
     return side
+
+
+def _with_less_memory(
+    pipe, draw: Callable[[], torch.Tensor], settings: Settings, say: Callable[[str], None]
+) -> torch.Tensor:
+    """`draw()`, and again under smaller plans as long as the memory is full and the pipeline has one."""
+    while True:
+        try:
+            return draw()
+        except torch.OutOfMemoryError:
+            if not hasattr(pipe, "step_down"):
+                raise
+        # Out here the error is gone, and with it the tensors that its traceback held on to.
+        sentence = pipe.step_down(settings.height, settings.width)
+        if sentence is None:
+            raise RuntimeError("The memory is full and no smaller plan is left: draw a smaller picture.")
+        say(sentence)
+
+
+def _unless_full(draw: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+    try:
+        return draw()
+    except torch.OutOfMemoryError:
+        pass
+    free()
+    return None
+
+
+def _decode_in_tiles(vae, latents: torch.Tensor) -> torch.Tensor:
+    """A quarter of the picture at a time, and a bit over, so that the seams can be blended."""
+    own = vae.use_tiling, vae.tile_latent_min_size, vae.tile_sample_min_size
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    vae.tile_latent_min_size = max(2, max(latents.shape[-2:]) // 2)
+    vae.tile_sample_min_size = vae.tile_latent_min_size * factor
+    vae.enable_tiling()
+    try:
+        return vae.decode(latents, return_dict=False)[0]
+    finally:
+        vae.use_tiling, vae.tile_latent_min_size, vae.tile_sample_min_size = own
 
 
 def _require_finite(tensor: torch.Tensor, stage: str) -> None:

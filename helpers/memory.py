@@ -1,6 +1,7 @@
 """What this machine has, and what a piece of work used of it. One GiB is 2**30 bytes."""
 
 import gc
+import importlib.util
 import shutil
 import threading
 import time
@@ -12,7 +13,10 @@ from pathlib import Path
 import psutil
 import torch
 
-GIB = 2**30
+from helpers.plan import GIB as GIB
+from helpers.plan import DoesNotFit as DoesNotFit
+from helpers.plan import Plan as Plan
+from helpers.plan import plan as plan
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Budget:
     ram_gib: float
     capability: tuple[int, int] | None  # CUDA compute capability, (7, 5) on a T4
     disk_gib: float  # where downloads go
+    bitsandbytes: bool = False  # is installed, for weights in four bits
 
     @classmethod
     def detect(cls) -> "Budget":
@@ -32,7 +37,8 @@ class Budget:
         disk = _free_disk() / GIB
         if torch.cuda.is_available():
             card = torch.cuda.get_device_properties(0)
-            return cls("cuda", card.total_memory / GIB, ram, (card.major, card.minor), disk)
+            four_bits = importlib.util.find_spec("bitsandbytes") is not None
+            return cls("cuda", card.total_memory / GIB, ram, (card.major, card.minor), disk, four_bits)
         if torch.backends.mps.is_available():
             return cls("mps", torch.mps.recommended_max_memory() / GIB, ram, None, disk)
         return cls("cpu", 0.0, ram, None, disk)

@@ -1,26 +1,27 @@
-"""The models that the notebooks draw with, and how to load them. A new model is one entry in MODELS."""
+"""From a name in the registry to a pipeline that draws: which model can run here, and how it is loaded."""
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
 from huggingface_hub import errors, hf_hub_download
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 
 from helpers.login import HUB_ERRORS, AccessError, check_access, check_token, explain
-from helpers.memory import Budget
+from helpers.memory import GIB, Budget, Plan
+from helpers.memory import plan as make_plan
+from helpers.plan import T5, WITHOUT_T5, plans
+from helpers.quiet import dtype_keyword, no_bars, unworried
+from helpers.registry import MODELS as MODELS  # where notebooks look for it
+from helpers.registry import ROOT, Model, find
+from helpers.sizes import FROM_FILES, cached, parts
 
-ROOT = Path(__file__).resolve().parent.parent
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # SD1.5's own; a single-file checkpoint holds weights only
-
+T5_PARTS = (T5, "tokenizer_3")
 
 # What each part of a pipeline is described by, by a word in its class; everything else is a network with weights.
 CONFIG_FILES = {
@@ -34,76 +35,13 @@ class LoadError(RuntimeError):
     """The model could not be loaded; the message is one sentence that says what to do."""
 
 
-@dataclass(frozen=True)
-class Model:
-    """One model: where it is and how it likes to be used. It has a `hub_id` or a `folder`."""
-
-    name: str
-    pipeline: str  # class in diffusers
-    size: int | None  # pixels; None: the folder says, see `generate.own_size`
-    steps: int
-    guidance: float
-    examples: tuple[str, ...]
-    hub_id: str | None = None
-    variant: str | None = None  # which of several sets of weights to download
-    mirror: str | None = None  # where to look if hub_id is gone
-    mirror_file: str | None = None  # the mirror is this one file in the original layout, not a diffusers folder
-    mirror_config: str | None = None  # folder with the configs that such a file lacks, relative to the repository
-    folder: str | None = None  # relative to the repository
-    without: tuple[str, ...] = ()  # optional parts that are neither downloaded nor loaded
-    twin: str | None = None  # the bundled model to use where this one cannot run
-    download_gb: float = 0.0  # 10**9 bytes
-    vram_gib: float = 0.0  # what it needs to draw one picture, resident
-
-
-MODELS = {
-    model.name: model
-    for model in (
-        Model(
-            name="sd15",
-            pipeline="StableDiffusionPipeline",
-            hub_id="stable-diffusion-v1-5/stable-diffusion-v1-5",
-            variant="fp16",
-            mirror="Comfy-Org/stable-diffusion-v1-5-archive",
-            mirror_file="v1-5-pruned-emaonly-fp16.safetensors",
-            mirror_config="helpers/sd15_config",
-            without=("safety_checker", "feature_extractor"),
-            size=512,
-            steps=25,
-            guidance=7.5,
-            examples=(
-                "a lighthouse on a cliff at sunset, oil painting",
-                "a red fox in the snow, wildlife photograph",
-                "a cosy reading corner with plants, watercolour",
-            ),
-            twin="storybook-sd",
-            download_gb=2.2,
-            vram_gib=3.5,
-        ),
-        Model(
-            name="storybook-sd",
-            pipeline="StableDiffusionPipeline",
-            folder="models/storybook-sd",
-            size=None,
-            steps=25,
-            guidance=4.0,
-            examples=(
-                "a red boat by the sea",
-                "a small yellow star under a starry night sky",
-                "a blue house in the snow",
-            ),
-        ),
-    )
-}
-
-
 def choose(name: str) -> Model:
     """The model of that name where it can run, else its bundled twin; prints one line that says which and why.
 
     DIFFUSION_MODEL in the environment overrides both. Raises ValueError with the names if there is no such model.
     """
     forced = os.environ.get("DIFFUSION_MODEL", "").strip()
-    model = _find(forced or name)
+    model = find(forced or name)
     budget = Budget.detect()
     if forced:
         print(f"{model.name}: because DIFFUSION_MODEL says so.")
@@ -111,10 +49,10 @@ def choose(name: str) -> Model:
         print(f"{model.name}: bundled, runs on any machine.")
     elif budget.device == "cpu":
         print(f"{model.twin}: there is no GPU here, and {model.name} would take minutes a picture without one.")
-        return _find(model.twin)
+        return find(model.twin)
     elif budget.vram_gib < model.vram_gib:
         print(f"{model.twin}: {model.name} needs {model.vram_gib} GiB of GPU memory, there are {budget.vram_gib:.1f}.")
-        return _find(model.twin)
+        return find(model.twin)
     else:
         print(
             f"{model.name}: on {budget.device} with {budget.vram_gib:.1f} GiB; downloads {model.download_gb} GB once."
@@ -122,38 +60,112 @@ def choose(name: str) -> Model:
     return model
 
 
-def load(model: Model | str, plan: None = None) -> diffusers.DiffusionPipeline:
-    """The model's pipeline on the best device: float16 on a GPU, float32 on a CPU; safetensors only, no remote code.
+def load(model: Model | str, plan: Plan | str | None = None) -> diffusers.DiffusionPipeline:
+    """The model's pipeline, ready to draw: float16 on a GPU, float32 on a CPU; safetensors only, no remote code.
+
+    `plan` says how it uses the memory: a Plan of `helpers.memory.plan`, or the name of one to have just that. None
+    keeps a small model on the GPU, where there is one, and makes a plan for Stable Diffusion 3; if its memory turns
+    out to be full, the next plan down takes over and one line says so.
 
     The first call downloads, later calls need no network. If `hub_id` is gone from the Hub the mirror is used. SD1.5
     comes without its safety checker, which costs 1.2 GB more: show what it draws to others only after a look of your
-    own. The pipeline gets an attribute `model`, from which `generate` takes defaults. `plan` is for larger models and
-    must be None so far. Raises ValueError for an unknown name, LoadError (one sentence) for everything that can go
-    wrong with network, access or files; nothing then needs cleaning up, and calling again keeps complete files.
+    own. The pipeline gets an attribute `model`, from which `generate` takes defaults, and Stable Diffusion 3 a `plan`.
+    Raises ValueError for an unknown name or plan, DoesNotFit if no plan fits, LoadError (one sentence) for everything
+    that can go wrong with network, access or files; nothing then needs cleaning up, and calling again keeps complete
+    files.
     """
-    model = _find(model) if isinstance(model, str) else model
-    if plan is not None:
-        raise ValueError("Loading plans are not here yet: leave plan out.")
-    device = Budget.detect().device
-    dtype = torch.float32 if device == "cpu" else torch.float16
-    with _unworried():
+    model = find(model)
+    budget = Budget.detect()
+    with unworried():
         cls = getattr(diffusers, model.pipeline)
-    if model.folder is not None:
-        pipe = _from_folder(cls, model, ROOT / model.folder, dtype)
+    if model.pipeline == "StableDiffusion3Pipeline":
+        if model.folder is not None:
+            _check_folder(model, ROOT / model.folder)  # a plan needs the sizes, and so whole files
+        pipe = _load_planned(cls, model, _plan(model, plan, budget), budget)
     else:
-        pipe = _from_hub(cls, model, dtype)
+        pipe = _load_whole(cls, model, _plan(model, plan, budget).name if plan is not None else None, budget.device)
     pipe.set_progress_bar_config(disable=True)  # generate has its own
     pipe.model = model
+    return pipe
+
+
+def _plan(model: Model, plan: Plan | str | None, budget: Budget) -> Plan:
+    if isinstance(plan, Plan):
+        return plan
+    if plan is None:
+        return make_plan(model, budget)
+    every = plans(model, budget)
+    if plan not in every:
+        raise ValueError(f"There is no plan {plan!r}: choose one of {', '.join(every)}.")
+    return every[plan]
+
+
+def _load_whole(cls, model: Model, plan: str | None, device: str) -> diffusers.DiffusionPipeline:
+    """A pipeline of one text encoder, which is small enough to be loaded at once."""
+    if plan not in (None, "resident", "model-offload", "cpu"):
+        raise ValueError(f"{model.name} cannot run under the plan {plan}: choose resident, model-offload or cpu.")
+    device = "cpu" if plan == "cpu" else device
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    folder = _folder(cls, model)
+    pipe = _from_mirror(cls, model, dtype) if folder is None else _from_folder(cls, model, folder, dtype)
+    if plan == "model-offload" and device != "cpu":
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe
     return pipe.to(device)
 
 
-def _find(name: str) -> Model:
-    if name not in MODELS:
-        raise ValueError(f"There is no model {name!r}: choose one of {', '.join(MODELS)}.")
-    return MODELS[name]
+def _load_planned(cls, model: Model, plan: Plan, budget: Budget) -> "diffusers.StableDiffusion3Pipeline":
+    with unworried():
+        from helpers.planned import open_pipeline  # seconds, which Stable Diffusion 1.5 need not wait for
+
+    needed = replace(model, without=(*model.without, *T5_PARTS)) if plan.name in WITHOUT_T5 else model
+    _require_disk(needed, budget)
+    folder = _folder(cls, needed)
+    if folder is None:
+        raise LoadError(f"{model.hub_id} is gone from the Hub: choose another model.")
+    _check_folder(needed, folder)
+    device = "cpu" if plan.name == "cpu" else budget.device
+    try:
+        pipe = open_pipeline(model, folder, plan, device)
+        while not _prepared(pipe):
+            print(pipe.step_down() or _give_up(model))
+    except LoadError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise LoadError(f"The files in {_name(folder)} do not fit together: {_repair(model, folder)}.") from error
+    return pipe
 
 
-def _from_hub(cls, model: Model, dtype: torch.dtype) -> diffusers.DiffusionPipeline:
+def _prepared(pipe) -> bool:
+    """False if the memory was full. The error is gone when this returns, and with it what its traceback held on to."""
+    try:
+        pipe.prepare()
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+def _give_up(model: Model) -> None:
+    raise LoadError(f"The memory is full and no smaller plan is left for {model.name}: close other programs first.")
+
+
+def _require_disk(model: Model, budget: Budget) -> None:
+    """Refuse before the download rather than after most of it."""
+    if model.hub_id is None:
+        return
+    sizes, source = parts(model)
+    needed = sum(part.weights * 2 for name, part in sizes.items() if name not in model.without) / GIB
+    if source != FROM_FILES and needed > budget.disk_gib:
+        raise LoadError(
+            f"{model.name} needs {needed:.1f} GiB of disk and {budget.disk_gib:.1f} are free: "
+            "free some space, or point HF_HOME to a larger disk before the first import."
+        )
+
+
+def _folder(cls, model: Model) -> Path | None:
+    """Where the model's files are, after a download if need be; None if the Hub has the repository no more."""
+    if model.folder is not None:
+        return ROOT / model.folder
     try:
         check_access(model.hub_id)
     except AccessError as error:
@@ -161,10 +173,9 @@ def _from_hub(cls, model: Model, dtype: torch.dtype) -> diffusers.DiffusionPipel
         gone = isinstance(reason, errors.RepositoryNotFoundError) and not isinstance(reason, errors.GatedRepoError)
         if not gone or model.mirror is None:
             raise LoadError(str(error)) from error
-    else:
-        return _from_folder(cls, model, _download(cls, model, model.hub_id), dtype)
-    print(f"{model.hub_id} is gone from the Hub, so the mirror {model.mirror} is used.")
-    return _from_mirror(cls, model, dtype)
+        print(f"{model.hub_id} is gone from the Hub, so the mirror {model.mirror} is used.")
+        return None
+    return _download(cls, model, model.hub_id)
 
 
 def _download(cls, model: Model, repo_id: str) -> Path:
@@ -173,6 +184,10 @@ def _download(cls, model: Model, repo_id: str) -> Path:
     try:
         return Path(cls.download(repo_id, variant=model.variant, use_safetensors=True, **without))
     except HUB_ERRORS as error:
+        kept = cached(repo_id)
+        if kept is not None and _is_whole(model, kept):
+            # Without a network some releases of the client want every file of the repository, also those not needed.
+            return kept
         if type(error) is OSError and error.errno is None and error.__cause__ is None and "safetensors" in str(error):
             raise LoadError(
                 f"The weights of {repo_id} are not all there as .safetensors files: "
@@ -196,13 +211,13 @@ def _from_mirror(cls, model: Model, dtype: torch.dtype) -> diffusers.DiffusionPi
     except HUB_ERRORS as error:
         raise LoadError(explain(error, repo_id)) from error
     _check_weights(model, weights)
-    with _no_bars():
+    with no_bars():
         return cls.from_single_file(
             str(weights),
             config=str(ROOT / model.mirror_config),
             tokenizer=transformers.CLIPTokenizer.from_pretrained(tokenizer_folder, model_max_length=77),
             local_files_only=True,
-            **_dtype(dtype),
+            **dtype_keyword(dtype),
             **dict.fromkeys(model.without),
         )
 
@@ -214,12 +229,20 @@ def _from_folder(cls, model: Model, folder: Path, dtype: torch.dtype) -> diffuse
     if "safety_checker" in parts:
         parts["requires_safety_checker"] = False  # else diffusers warns that it is missing
     try:
-        with _no_bars():
+        with no_bars():
             return cls.from_pretrained(
-                folder, variant=variant, use_safetensors=True, local_files_only=True, **_dtype(dtype), **parts
+                folder, variant=variant, use_safetensors=True, local_files_only=True, **dtype_keyword(dtype), **parts
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise LoadError(f"The files in {_name(folder)} do not fit together: {_repair(model, folder)}.") from error
+
+
+def _is_whole(model: Model, folder: Path) -> bool:
+    try:
+        _check_folder(model, folder)
+    except LoadError:
+        return False
+    return True
 
 
 def _check_folder(model: Model, folder: Path) -> None:
@@ -243,8 +266,15 @@ def _check_folder(model: Model, folder: Path) -> None:
         weights = sorted((folder / part).glob("*.safetensors"))
         if config == "config.json" and not weights:
             raise LoadError(f"There is no .safetensors file in {_name(folder / part)}: {_repair(model, folder)}.")
-        for file in weights:
+        for file in [*weights, *_shards(model, folder / part)]:
             _check_weights(model, file)
+
+
+def _shards(model: Model, folder: Path) -> list[Path]:
+    """The files that weights too large for one are spread over; empty if they are in one."""
+    ending = "safetensors.index.json" if model.variant is None else f"safetensors.index.{model.variant}.json"
+    maps = [json.loads(file.read_text())["weight_map"] for file in folder.glob(f"*.{ending}")]
+    return sorted({folder / name for one in maps for name in one.values()})
 
 
 def _check_weights(model: Model, file: Path) -> None:
@@ -252,6 +282,8 @@ def _check_weights(model: Model, file: Path) -> None:
     try:
         with safe_open(file, "pt"):
             pass
+    except FileNotFoundError as error:
+        raise LoadError(f"The file {_name(file)} is missing: {_repair(model, file)}.") from error
     except (SafetensorError, OSError) as error:
         raise LoadError(f"The file {_name(file)} is truncated or damaged: {_repair(model, file)}.") from error
 
@@ -266,38 +298,3 @@ def _repair(model: Model, path: Path) -> str:
 def _name(path: Path) -> str:
     """A path as a reader of the repository knows it."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
-
-
-def _dtype(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The keyword was renamed in diffusers 0.40; the old release ignores the new one and loads float32."""
-    return {"dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype": dtype}
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """No "Loading weights" bars on the page. Downloads are outside and keep theirs."""
-    hub_quiet = are_progress_bars_disabled()
-    restore = [
-        module.enable_progress_bar
-        for module in (diffusers.utils.logging, transformers.utils.logging)
-        if module.is_progress_bar_enabled()
-    ]
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for enable in restore:
-            enable()
-        (disable_progress_bars if hub_quiet else enable_progress_bars)()
-
-
-@contextmanager
-def _unworried() -> Iterator[None]:
-    """The first import of a pipeline warns about packages that it can do without; the page need not."""
-    level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.utils.logging.set_verbosity(level)

@@ -1,4 +1,4 @@
-"""Small Stable Diffusion pipelines of random weights, made by diffusers, and the same weights in the original layout."""
+"""Small Stable Diffusion pipelines of random weights, made by diffusers, also in the original layout."""
 
 import re
 from pathlib import Path
@@ -30,12 +30,6 @@ SCHEDULERS = {
     "euler": lambda: EulerDiscreteScheduler(**SCHEDULE),
     "dpm++2m": lambda: DPMSolverMultistepScheduler(**SCHEDULE),
 }
-
-
-def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest difference, relative to the largest value."""
-    assert ours.shape == theirs.shape
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -109,7 +103,7 @@ def pipeline(folder: Path) -> StableDiffusionPipeline:
 
 
 def compvis_unet(weights: dict, layers: int) -> dict:
-    """diffusers' names of a UNet -> the original ones, by arithmetic, where from_scratch goes by what is in the file."""
+    """diffusers' names of a UNet -> the original ones, by arithmetic; from_scratch goes by what is in the file."""
     levels = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("down_blocks."))
     attention_up = {name.split(".")[1] for name in weights if re.match(r"up_blocks\.\d+\.attentions", name)}
 

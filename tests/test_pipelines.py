@@ -285,13 +285,24 @@ def test_choose(monkeypatch, capsys, device, vram, name, why):
     assert choose("storybook-sd") is MODELS["storybook-sd"]
 
 
+def test_choose_the_flagship(monkeypatch, capsys):
+    for device, vram, name in (
+        ("cuda", 14.75, "sd35-medium"),
+        ("cuda", 4.0, "storybook-sd"),
+        ("cpu", 0.0, "storybook-sd"),
+    ):
+        machine(monkeypatch, device, vram)
+        assert choose("sd35-medium") is MODELS[name]
+    assert "needs 5.5 GiB of GPU memory, there are 4.0" in capsys.readouterr().out
+
+
 def test_the_environment_overrides(monkeypatch, capsys):
     machine(monkeypatch, "cpu", 0.0)
     monkeypatch.setenv("DIFFUSION_MODEL", "sd15")
     assert choose("storybook-sd") is SD15
     assert "DIFFUSION_MODEL" in capsys.readouterr().out
     monkeypatch.setenv("DIFFUSION_MODEL", "sd99")
-    with pytest.raises(ValueError, match="no model 'sd99'.*: choose one of sd15, storybook-sd"):
+    with pytest.raises(ValueError, match="no model 'sd99'.*: choose one of sd15, sd35-medium, storybook-sd"):
         choose("sd15")
 
 
@@ -299,5 +310,7 @@ def test_unknown_model():
     for ask in (choose, load):
         with pytest.raises(ValueError, match="no model 'sd16': choose one of"):
             ask("sd16")
-    with pytest.raises(ValueError, match="leave plan out"):
-        load("sd15", plan="resident")
+    with pytest.raises(ValueError, match="no plan 'quick': choose one of resident, staged"):
+        load("storybook-sd", plan="quick")
+    with pytest.raises(ValueError, match="storybook-sd cannot run under the plan staged: choose resident"):
+        load("storybook-sd", plan="staged")

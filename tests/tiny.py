@@ -15,7 +15,15 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 WORDS = "a red blue boat house tree star small yellow by the sea in snow".split()
 CONFIGS = Path(__file__).resolve().parent.parent / "helpers" / "sd15_config"
@@ -133,6 +141,33 @@ def sd3(folder: Path) -> StableDiffusion3Pipeline:
         text_encoder_3=None,
         tokenizer_3=None,
     )
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    """A T5 tokenizer that knows WORDS whole and spells every other word letter by letter."""
+    pieces = ["\u2581", *(f"\u2581{word}" for word in WORDS), *map(chr, range(33, 127))]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((piece, -2.0) for piece in pieces)]
+    return T5TokenizerFast(vocab=vocabulary, extra_ids=0)
+
+
+def sd3_folder(folder: Path) -> Path:
+    """Write a StableDiffusion3Pipeline folder with all three encoders, for pictures of 64x64, and return it."""
+    pipe = sd3(folder / "words")
+    torch.manual_seed(1)
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=160,
+            d_model=64,  # the transformer's joint_attention_dim
+            d_kv=16,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+    pipe.register_modules(text_encoder_3=t5.eval(), tokenizer_3=t5_tokenizer())
+    pipe.save_pretrained(folder, safe_serialization=True)
+    return folder
 
 
 def single_file(folder: Path, path: Path) -> Path:

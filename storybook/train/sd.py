@@ -114,7 +114,7 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--pictures", type=int, default=60_000)
-    parser.add_argument("--steps", type=int, default=7200)
+    parser.add_argument("--steps", type=int, default=6600)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     args = parser.parse_args(argv)
@@ -140,7 +140,7 @@ def main(argv=None) -> None:
         pipeline = assemble(unet, text_encoder, vae, tokenizer)
         pipeline.set_progress_bar_config(disable=True)
         prompts = seen_prompts(32)
-        images = draw(pipeline, prompts, guidance=4.0)
+        images = draw(pipeline, prompts, guidance=2.0)
         if WEIGHTS.exists():
             right = share(judge(images, prompts), "object", "colour", "setting")
             print(f"\nsd at step {step}: object, colour and setting right on {right:.0%} of {len(prompts)}", flush=True)
