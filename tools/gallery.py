@@ -1,8 +1,14 @@
-"""Draw the README's gallery anew: `python -m tools.gallery`. Each PNG holds the settings that drew it."""
+"""Draw the README's gallery anew: `python -m tools.gallery`. Each PNG holds the settings that drew it.
+
+Shown is, for each prompt, the picture of the first seed from 0 on in which the judge finds everything as asked.
+"""
+
+from itertools import count
 
 from helpers import pipelines
 from helpers.generate import Settings, generate
 from helpers.images import ROOT, save
+from storybook.judge import judge
 
 FOLDER = ROOT / "outputs/gallery"
 PROMPTS = (
@@ -24,7 +30,10 @@ def main() -> None:
     for old in FOLDER.glob("*.png"):
         old.unlink()
     for prompt in PROMPTS:
-        (picture,) = generate(pipe, Settings(prompt, seed=1))
+        for seed in count():
+            (picture,) = generate(pipe, Settings(prompt, seed=seed))
+            if judge([picture], [prompt])[0]["all"]:
+                break
         print(save(picture, folder=FOLDER).relative_to(ROOT))
 
 
