@@ -18,7 +18,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
-from storybook.judge import judge, share
+from helpers.images import grid
+from storybook.judge import WEIGHTS, judge, share
 from storybook.train import data
 from storybook.train.vae import psnr
 from storybook.world import HELD_OUT, SETTINGS, Scene, Thing, caption, complete, random_scene
@@ -64,6 +65,18 @@ def draw(pipeline, prompts: list[str], guidance: float, first_seed: int = 0, bat
         seeds = [torch.Generator().manual_seed(first_seed + start + k) for k in range(len(part))]
         images += pipeline(part, num_inference_steps=STEPS, guidance_scale=guidance, generator=seeds).images
     return images
+
+
+def glance(pipeline, guidance: float, path: Path) -> None:
+    """While a model trains: print what the judge reads in 64 pictures, and save a few of them to `path`."""
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = seen_prompts(32) + two_thing_prompts(32)
+    images = draw(pipeline, prompts, guidance)
+    grid(images[24:40], columns=4, labels=prompts[24:40]).save(path)
+    if WEIGHTS.exists():
+        table = judge(images, prompts)
+        one, two = share(table[:32], "object", "colour", "setting"), share(table[32:], "object", "colour")
+        print(f"\n{path.stem}: right on {one:.0%} of 32 single things and {two:.0%} of 32 pairs", flush=True)
 
 
 def interval(share_right: float, count: int) -> tuple[float, float]:
@@ -129,32 +142,45 @@ def percent_right(table: list[dict], *parts: str) -> str:
     return f"{right:.1%} of {len(table)} (95 % interval {low:.0%} to {high:.0%})"
 
 
+def accuracy(images: dict[str, list], prompts: dict[str, list[str]]) -> list[tuple[str, str]]:
+    """Rows (what, figure): how much of what was asked the judge finds in the pictures."""
+    tables = {what: judge(images[what], asked) for what, asked in prompts.items()}
+    rows = []
+    for what in ("one thing, pair seen in training", "one thing, held-out pair"):
+        parts = ("object", "colour", "setting")
+        rows.append((f"{what}: object, colour and setting right", percent_right(tables[what], *parts)))
+        rows += [(f"- {part} alone", f"{share(tables[what], part):.1%}") for part in parts]
+        placed = [row for row in tables[what] if row["position"] is not None]
+        if placed:
+            shown = f"{share(placed, 'position'):.1%} of {len(placed)}"
+            rows.append(("- position alone, where it was asked for", shown))
+    two = tables["two things"]
+    related = [row for row in two if row["position"] is not None]
+    rows.append(("two things: both objects with their own colours", percent_right(two, "object", "colour")))
+    shown = f"{share(related, 'object', 'colour', 'position'):.1%} of {len(related)}"
+    rows.append(("- and the relation too, where it was asked for", shown))
+    return rows
+
+
 def measure(folder: Path, guidance: float, count: int, training_pictures: int) -> list[tuple[str, str]]:
     """Rows (what, figure) for the model card."""
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     decibels, read_right, vae_error = round_trips(pipeline.vae)
-    seen, held_out, two = seen_prompts(count), held_out_prompts(count), two_thing_prompts(count)
-    seen_images = draw(pipeline, seen, guidance)
-    seen_table = judge(seen_images, seen)
-    held_out_table = judge(draw(pipeline, held_out, guidance), held_out)
-    two_table = judge(draw(pipeline, two, guidance), two)
-    nearest = nearest_training_render(seen_images, training_pictures)
-    fresh = [Image.fromarray(picture[..., :3]) for picture in data.pictures("fresh", 500, seen_images[0].width)[:count]]
-    fresh_nearest = nearest_training_render(fresh, training_pictures)
-    placed = [row for row in seen_table if row["position"] is not None]
+    prompts = {
+        "one thing, pair seen in training": seen_prompts(count),
+        "one thing, held-out pair": held_out_prompts(count),
+        "two things": two_thing_prompts(count),
+    }
+    images = {what: draw(pipeline, asked, guidance) for what, asked in prompts.items()}
     size = pipeline.vae.config.sample_size
-    what = ("object", "colour", "setting")
-    return [
+    nearest = nearest_training_render(images["one thing, pair seen in training"], training_pictures)
+    fresh = [Image.fromarray(picture[..., :3]) for picture in data.pictures("fresh", 500, size)[:count]]
+    fresh_nearest = nearest_training_render(fresh, training_pictures)
+    rows = [
         ("VAE: PSNR on 500 fresh renders", f"{decibels:.1f} dB"),
         ("VAE: object, colour and setting right after a round trip", f"{read_right:.1%} of 500"),
-        ("one thing, pair seen in training: object, colour and setting right", percent_right(seen_table, *what)),
-        *((f"- {part} alone", f"{share(seen_table, part):.1%}") for part in what),
-        ("- position alone, where it was asked for", f"{share(placed, 'position'):.1%} of {len(placed)}"),
-        ("one thing, held-out pair: object, colour and setting right", percent_right(held_out_table, *what)),
-        *((f"- {part} alone", f"{share(held_out_table, part):.1%}") for part in what),
-        ("two things: both objects with their own colours", percent_right(two_table, "object", "colour")),
-        ("- and the relation too", f"{share(two_table, 'object', 'colour', 'position'):.1%}"),
+        *accuracy(images, prompts),
         ("distance between two seeds of one prompt, mean", f"{distances_between_seeds(pipeline, guidance):.3f}"),
         (
             f"distance to the nearest of {training_pictures:,} training renders, least and median",
@@ -167,6 +193,11 @@ def measure(folder: Path, guidance: float, count: int, training_pictures: int) -
         ("the VAE's own error on a render, median", f"{vae_error:.3f}"),
         (f"one {size}x{size} picture, {STEPS} steps with guidance", f"{seconds_per_picture(pipeline, guidance):.2f} s"),
     ]
+    if getattr(pipeline, "text_encoder_3", None) is not None:
+        pipeline.text_encoder_3 = None
+        images = {what: draw(pipeline, asked, guidance) for what, asked in prompts.items()}
+        rows += [(f"without T5: {what}", shown) for what, shown in accuracy(images, prompts) if what[0] != "-"]
+    return rows
 
 
 def main() -> None:

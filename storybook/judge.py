@@ -103,16 +103,11 @@ def look(images: list[Image.Image]) -> list[Scene]:
 def compare(seen: Scene, asked: Scene) -> dict:
     """Which parts of `asked` the picture got right: True, False, or None where nothing was asked.
 
-    object, colour: of all things asked for, each colour on its own thing; position: the place of a
-    single thing or the relation of two. "all" sums up what was asked.
+    object, colour: of all things asked for, each colour on its own thing, wherever they are; position:
+    the place of a single thing or the relation of two. "all" sums up what was asked.
     """
-    shown = slots(seen)[1]
-    if asked.relation == "right of":
-        orders = [list(reversed(asked.things))]
-    elif len(asked.things) == 2 and asked.relation is None:
-        orders = [list(asked.things), list(reversed(asked.things))]
-    else:
-        orders = [list(asked.things)]
+    (shown_arrangement, shown), (arrangement, things) = slots(seen), slots(asked)
+    orders = [things, things[::-1]]
 
     def matches(order, part):
         return len(order) == len(shown) and all(
@@ -132,9 +127,9 @@ def compare(seen: Scene, asked: Scene) -> dict:
         "position": None,
     }
     if len(asked.things) == 1 and asked.things[0].position:
-        row["position"] = len(shown) == 1 and shown[0].position == asked.things[0].position
+        row["position"] = len(shown) == 1 and shown_arrangement == arrangement
     elif asked.relation:
-        row["position"] = row["object"] and slots(seen)[0] == slots(asked)[0]
+        row["position"] = row["object"] and shown_arrangement == arrangement and order == things
     row["all"] = all(right is not False for right in row.values())
     return row
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from storybook.train import clip, data, judge, sd, vae
+from storybook.train import data, sd, sd3
+from storybook.train.__main__ import train_all
 from storybook.train.loop import Schedule, learning_rate
 
 ROOT = Path(__file__).parent.parent
@@ -72,18 +73,30 @@ def test_timesteps_cover_all_slices():
     assert [int(t) // 100 for t in timesteps] == list(range(10))
 
 
+def test_sigmas_are_logit_normal():
+    sigmas = sd3.logit_normal(1000, torch.Generator().manual_seed(0))
+    logits = torch.logit(sigmas)
+    assert abs(logits.mean()) < 0.01 and abs(logits.std() - 1) < 0.02
+
+
+def test_the_t5_tokenizer_knows_the_world_and_spells_the_rest():
+    tokenizer = sd3.new_t5(16)[1]
+    assert tokenizer.tokenize("A red boat") == ["\u2581A", "\u2581red", "\u2581boat"]
+    assert tokenizer.unk_token_id not in tokenizer("a zebra, twice").input_ids
+
+
 def test_every_stage_runs_and_writes_a_folder_that_stock_diffusers_draws_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = ["--pictures", "32", "--steps", "2", "--batch-size", "4"]
-    vae.main([*few, "--size", "64"])
-    judge.main([*few, "--out", "models/judge.safetensors"])
-    clip.main([*few, "--size", "64"])
-    sd.main(few)
+    monkeypatch.setattr("storybook.train.judge.WEIGHTS", tmp_path / "models/judge.safetensors")
+    train_all(["--size", "64"], few)
     from diffusers import DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained("models/storybook-sd")
-    assert pipeline("a red boat", num_inference_steps=2).images[0].size == (64, 64)
-    assert {part.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
+    for name in ("storybook-sd", "storybook-sd3"):
+        pipeline = DiffusionPipeline.from_pretrained(f"models/{name}")
+        assert pipeline("a red boat", num_inference_steps=2).images[0].size == (64, 64)
+        parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        assert {part.dtype for part in parts} == {torch.float32}
     assert not list(Path("outputs").rglob("*.partial*"))
 
 

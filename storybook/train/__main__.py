@@ -2,7 +2,7 @@
 
 import argparse
 
-from storybook.train import clip, judge, sd, vae
+from storybook.train import clip, judge, sd, sd3, vae
 
 
 def main() -> None:
@@ -10,11 +10,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--size", type=int, default=64, help="pixels: 64 fits an evening on a CPU, 128 wants a GPU")
     args = parser.parse_args()
-    size = ["--size", str(args.size)]
-    vae.main(size)
-    judge.main([])
-    clip.main(size)
-    sd.main([])
+    train_all(["--size", str(args.size)], [])
+
+
+def train_all(size: list[str], more: list[str]) -> None:
+    """Every stage; `more` are further arguments that each of them takes, e.g. for a short run."""
+    judge.main(more)
+    vae.main([*size, *more])
+    clip.main([*size, *more])
+    sd.main(more)
+    vae.main([*size, *SD3_VAE, *more])
+    clip.main([*size, *SECOND_CLIP, *more])
+    sd3.main(more)
+
+
+# storybook-sd3 has its own autoencoder, with more channels, and a second CLIP, which stays in outputs/: the
+# pipeline's folder has the text half.
+SD3_VAE = ["--name", "vae-16", "--out", str(sd3.OUT / "vae"), "--latent-channels", "16", "--steps", "2400"]
+SD3_VAE += ["--widths", "24", "48", "48", "64"]
+SECOND_CLIP = ["--name", "clip-2", "--out", str(sd3.SECOND_CLIP), "--width", "48", "--steps", "600"]
 
 
 if __name__ == "__main__":

@@ -38,14 +38,19 @@ def new_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer({token: index for index, token in enumerate(tokens)}, merges, model_max_length=MAX_TOKENS)
 
 
-def new_clip(tokenizer: CLIPTokenizer, size: int) -> CLIPModel:
+def new_clip(tokenizer: CLIPTokenizer, size: int, width: int = 128) -> CLIPModel:
     """A small CLIPModel for pictures of `size` pixels, 64 patches each."""
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    shared = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "projection_dim": 128}
+    shared = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": 4,
+        "projection_dim": width,
+    }
     text = {
         **shared,
         **ids,
@@ -54,7 +59,7 @@ def new_clip(tokenizer: CLIPTokenizer, size: int) -> CLIPModel:
         "max_position_embeddings": MAX_TOKENS,
     }
     vision = {**shared, "num_hidden_layers": 3, "image_size": size, "patch_size": size // 8}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
@@ -78,17 +83,19 @@ class ClipObjective(nn.Module):
 
 
 def main(argv=None) -> None:
-    """Train and write models/storybook-clip."""
+    """Train and write a CLIPModel folder, models/storybook-clip unless told otherwise."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--name", default="clip")
     parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--pictures", type=int, default=60_000)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch-size", type=int, default=192)
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     tokenizer = new_tokenizer()
-    clip = new_clip(tokenizer, args.size)
+    clip = new_clip(tokenizer, args.size, args.width)
     images = data.pictures("train", args.pictures, args.size)
     scenes = data.scenes("train", args.pictures)
 
@@ -97,7 +104,7 @@ def main(argv=None) -> None:
         return data.to_tensor(images[indices.numpy()]), tokenize(tokenizer, texts)
 
     schedule = Schedule(args.steps, args.batch_size, 1e-3, weight_decay=0.05)
-    run = train("clip", ClipObjective(clip), clip, make_batch, args.pictures, schedule)
+    run = train(args.name, ClipObjective(clip), clip, make_batch, args.pictures, schedule)
     save_half(clip, args.out)
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # [0, 1] to [-1, 1], as the VAE takes it
     CLIPImageProcessorPil(size={"shortest_edge": args.size}, crop_size=args.size, **half).save_pretrained(args.out)

@@ -20,7 +20,11 @@ THING_WEIGHT = 8.0
 
 
 def new_vae(size: int, latent_channels: int = 4, widths=(32, 64, 96, 128)) -> AutoencoderKL:
-    """A small AutoencoderKL with Stable Diffusion's factor of 8; `size` in pixels."""
+    """A small AutoencoderKL with Stable Diffusion's factor of 8; `size` in pixels.
+
+    Since its third version Stable Diffusion has 16 latent channels and no convolution around them.
+    """
+    quant = latent_channels == 4
     return AutoencoderKL(
         sample_size=size,
         latent_channels=latent_channels,
@@ -29,6 +33,8 @@ def new_vae(size: int, latent_channels: int = 4, widths=(32, 64, 96, 128)) -> Au
         up_block_types=("UpDecoderBlock2D",) * len(widths),
         layers_per_block=1,
         norm_num_groups=8,
+        use_quant_conv=quant,
+        use_post_quant_conv=quant,
     )
 
 
@@ -60,7 +66,8 @@ def main(argv=None) -> None:
     parser.add_argument("--out", type=Path, default=Path("models/storybook-sd/vae"))
     parser.add_argument("--name", default="vae")
     parser.add_argument("--size", type=int, default=64, help="pixels")
-    parser.add_argument("--latent-channels", type=int, default=4)
+    parser.add_argument("--latent-channels", type=int, default=4, help="4, or 16 as in Stable Diffusion 3")
+    parser.add_argument("--widths", type=int, nargs=4, default=(32, 64, 96, 128))
     parser.add_argument("--pictures", type=int, default=60_000)
     parser.add_argument("--steps", type=int, default=4800)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -69,7 +76,7 @@ def main(argv=None) -> None:
     torch.manual_seed(0)
     images = data.pictures("train", args.pictures, args.size)
     fresh = data.to_tensor(data.pictures("fresh", 256, args.size))
-    vae = new_vae(args.size, args.latent_channels).to(memory_format=torch.channels_last)
+    vae = new_vae(args.size, args.latent_channels, args.widths).to(memory_format=torch.channels_last)
     objective = VaeObjective(vae)
     schedule = Schedule(args.steps, args.batch_size, args.learning_rate, ema_decay=0.998)
     side = args.size // 8
@@ -99,8 +106,10 @@ def main(argv=None) -> None:
     run = train(args.name, objective, vae, make_batch, len(images), schedule, sample)
     with torch.no_grad():
         latents = torch.cat([vae.encode(part.to(vae.device)).latent_dist.mean.cpu() for part in fresh.split(32)])
-    # the denoiser wants latents of unit variance; SD1.5 ships its own 1 / std here, 0.18215
+    # the denoiser wants latents of unit variance; SD1.5 ships its own 1 / std here, 0.18215, SD3 its mean too
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    if args.latent_channels != 4:
+        vae.register_to_config(shift_factor=round(latents.mean().item(), 5))
     vae.half().save_pretrained(args.out)
     keep_log(run, args.out)
 
