@@ -74,6 +74,7 @@ def run_setup(monkeypatch, cell):
 
 
 def test_setup_off_colab_finds_the_repository_and_may_run_twice(monkeypatch):
+    monkeypatch.delitem(sys.modules, "google.colab", raising=False)
     monkeypatch.chdir(badges.ROOT / "tests")
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry or ".").resolve() != badges.ROOT])
     run_setup(monkeypatch, badges.setup_cell())

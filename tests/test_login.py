@@ -1,3 +1,4 @@
+import importlib
 import os
 import subprocess
 import sys
@@ -134,23 +135,12 @@ def test_blank_ends_of_a_token_are_forgiven(hub, monkeypatch):
 
 @pytest.fixture
 def colab(monkeypatch):
-    """google.colab.userdata as Colab has it; `answer` is the secret or the error."""
-    userdata = types.ModuleType("google.colab.userdata")
-    for name in ("SecretNotFoundError", "NotebookAccessError", "TimeoutException"):
-        setattr(userdata, name, type(name, (Exception,), {}))
-
-    def get(name):
-        assert name == "HF_TOKEN"
-        if isinstance(userdata.answer, str):
-            return userdata.answer
-        raise userdata.answer
-
-    userdata.get = get
-    google, package = types.ModuleType("google"), types.ModuleType("google.colab")
-    google.colab, package.userdata = package, userdata
-    for name, value in (("google", google), ("google.colab", package), ("google.colab.userdata", userdata)):
-        monkeypatch.setitem(sys.modules, name, value)
-    return userdata
+    """google.colab.userdata, the stand-in; a test puts into its `secrets` what `get` is to answer."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "colab")
+    for name in ("google", "google.colab", "google.colab.errors", "google.colab.userdata"):
+        monkeypatch.setitem(sys.modules, name, None)  # so that the module from before, or none, comes back at the end
+        del sys.modules[name]
+    return importlib.import_module("google.colab.userdata")
 
 
 def test_order_environment_secret_saved(hub, tmp_path, monkeypatch, colab, capfd):
@@ -158,22 +148,26 @@ def test_order_environment_secret_saved(hub, tmp_path, monkeypatch, colab, capfd
     saved = tmp_path / "cache" / "no-token"
     saved.parent.mkdir(exist_ok=True)
     saved.write_text("hf_saved")
-    colab.answer = "hf_secret\n"
+    colab.secrets["HF_TOKEN"] = "hf_secret\n"
     os.environ["HF_TOKEN"] = "hf_environment"
     assert login() == "environment"
     del os.environ["HF_TOKEN"]
     assert login() == "Colab secret" and huggingface_hub.get_token() == "hf_secret"
     for refusal in (colab.SecretNotFoundError, colab.NotebookAccessError, colab.TimeoutException):
         os.environ.pop("HF_TOKEN", None)
-        colab.answer = refusal()
+        colab.secrets["HF_TOKEN"] = refusal
         assert login() == "saved login"
     saved.unlink()
+    assert login() == "none"
+    colab.secrets.clear()
+    assert login() == "none"
+    del colab.TimeoutException  # older Colab images lack it
     assert login() == "none"
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_bad_colab_secret_is_not_shown(hub, monkeypatch, colab):
-    colab.answer = f"{TOKEN} x"
+    colab.secrets["HF_TOKEN"] = f"{TOKEN} x"
     with pytest.raises(AccessError, match="the Colab secret HF_TOKEN") as caught:
         login()
     assert TOKEN not in str(caught.value) and "HF_TOKEN" not in os.environ

@@ -1,4 +1,6 @@
+import sys
 import threading
+import types
 
 import ipywidgets
 import pytest
@@ -121,7 +123,8 @@ def watch(pipe, monkeypatch, at_step):
     return calls
 
 
-def test_stop_is_heard_within_one_step_and_a_second_click_is_ignored(panel, pipe, monkeypatch):
+def test_stop_is_heard_within_one_step_and_a_second_click_is_ignored(pipe, monkeypatch):
+    panel = prompt_panel(pipe, threaded=True)
     reached, go_on = threading.Event(), threading.Event()
 
     def at_step(n):
@@ -149,8 +152,9 @@ def test_stop_is_heard_within_one_step_and_a_second_click_is_ignored(panel, pipe
 
 
 def test_an_interrupt_ends_a_run_without_threads(pipe, monkeypatch):
-    panel = prompt_panel(pipe, threaded=False)
-    assert panel.stop.disabled
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    panel = prompt_panel(pipe)
+    assert panel.stop.disabled and "Interrupt execution" in panel.stop.tooltip
 
     def at_step(n):
         if n == 2:
