@@ -19,11 +19,18 @@ T5, CLIPS = "text_encoder_3", ("text_encoder", "text_encoder_2")
 WITHOUT_T5 = ("no-t5", "model-offload", "group-offload")
 
 CONTEXT_GIB = 0.4  # of the GPU's memory that PyTorch never sees: CUDA's context and kernels
-# Anonymous RAM of Python and the libraries, CUDA's among them; on a CPU as measured by tests/rehearsal.
-PROCESS_GIB = {"cuda": 2.5, "mps": 1.0, "cpu": 0.4}
-ENCODE_GIB = 0.1  # activations of one text encoder for one prompt
+# Anonymous RAM of Python and the libraries, CUDA's among them. tests/rehearsal measured 0.31 on a CPU before the first
+# weight is read, and 0.36 when every network has been imported.
+PROCESS_GIB = {"cuda": 2.5, "mps": 1.0, "cpu": 0.34}
+ENCODE_GIB = 0.1  # activations of one text encoder for one prompt, and on a GPU the workspace of cuBLAS
+# On a CPU, as measured: T5's 64 heads compare 256 tokens, in float32; a CLIP's 20 or fewer compare 77.
+ENCODE_CPU_GIB = {T5: 0.07, "text_encoder": 0.01, "text_encoder_2": 0.01}
 DENOISE_GIB = 0.3  # activations of the network in half precision for a megapixel and its unguided twin
 DECODE_GIB = 2.4  # the VAE's, with cuDNN's workspace, for a megapixel in half precision and 128 channels
+# The same on a CPU, where the VAE is in float32. The widest layer takes 2 * 128 channels, 1 GiB, and gives 128: its
+# input, oneDNN's copy of it, what the shortcut keeps, and the output in two layouts are 4 GiB. As measured, 0.1 comes
+# on top for a picture of any size.
+DECODE_CPU_GIB, DECODE_CPU_KEPT_GIB = 4.0, 0.1
 TABLE_BYTES = 16  # for an entry of the position table: diffusers computes it in float64, in two copies
 
 # Fastest first: seconds of one more picture of a prompt that is known already, as a multiple of the resident plan's.
@@ -77,7 +84,8 @@ def plan(model: Model | str, budget: "Budget", height: int | None = None, width:
     every = plans(model, budget, height, width)
     best = next((name for name in RELATIVE_TIME if name in every and not every[name].refused), None)
     if best is None:
-        smallest = min((one for one in every.values() if one.name in ("cpu", "sequential-offload")), key=_ram)
+        small = ("cpu", "sequential-offload") if budget.device != "cpu" else ("cpu",)
+        smallest = min((every[name] for name in small), key=_ram)
         raise DoesNotFit(f"{model.name} fits into no plan on this machine: {smallest.refused[smallest.name]}.")
     reasons = {name: one.refused.get(name) or _rather(one, every[best]) for name, one in every.items() if name != best}
     return replace(every[best], refused=reasons)
@@ -147,8 +155,9 @@ def _cannot(name: str, sizes: dict[str, Part], budget: "Budget") -> str | None:
 def _dtype(name: str, sizes: dict[str, Part], budget: "Budget", megapixels: float) -> str:
     if budget.device == "cpu" or name == "cpu":
         ram = _sums("cpu", "float32", sizes, budget, megapixels)[1]
-        # In float16 the weights stay in the files, from which the system reads them as it needs them.
-        return "float16" if T5 in sizes and name == "cpu" and sum(ram.values()) > budget.ram_gib else "float32"
+        # In float16 the weights stay in the files, from which the system reads them as it needs them. That holds for
+        # every plan here, also for one that is refused and yet asked for by name.
+        return "float16" if T5 in sizes and sum(ram.values()) > budget.ram_gib else "float32"
     # In bfloat16 T5's `wo` need not stay in float32, which saves 1.9 GiB. A GPU before 8.0 only pretends to know
     # bfloat16, many times slower. Weights that are offloaded keep the dtype of the files, else they fill the RAM.
     ampere = budget.capability is not None and budget.capability >= (8, 0)
@@ -197,11 +206,31 @@ def _sums(
     if name == "sequential-offload":
         leaf = {"the largest layer": max(size.leaf for size in sizes.values()) * BYTES[dtype] / GIB}
         return _most(leaf | denoise, decode), python | _most(kept, table)
-    if dtype == "float16":
-        each = [{part: kept[part]} | encode for part in encoders]
-        rest = {part: kept[part] for part in core}
-        return {}, python | _most(*each, table, rest | denoise, rest | decode)
-    return {}, python | kept | _most(denoise, decode, table)
+    return {}, _most(*cpu_stages(dtype, sizes, megapixels).values())
+
+
+def cpu_stages(dtype: str, sizes: dict[str, Part], megapixels: float) -> dict[str, dict[str, float]]:
+    """What is in RAM at each stage of the plan "cpu", in GiB; tests/rehearsal measures the same stages."""
+    python = {"Python and libraries": PROCESS_GIB["cpu"]}
+    kept = {part: _anonymous(size, dtype) for part, size in sizes.items()}
+    core = {part: kept[part] for part in ("transformer", "unet", "vae") if part in kept}
+    network = next(part for part in core if part != "vae")
+    table = {"building the position table": sizes[network].table * TABLE_BYTES / GIB}
+    double = BYTES[dtype] / 2
+    stages = {}
+    if dtype == "float16":  # the text encoders come one by one
+        for part in [part for part in kept if part not in core]:
+            stages[f"load {part}"] = python | {part: kept[part]}
+            stages[f"run {part}"] = stages[f"load {part}"] | {"encoding": ENCODE_CPU_GIB[part]}
+        core["vae"] = _gib(sizes["vae"], "float32")  # see helpers.planned
+    else:
+        core = kept
+    stages[f"load {network}"] = python | table  # first of all in float32, while the RAM is still empty
+    decode = DECODE_CPU_GIB * megapixels * sizes["vae"].width / 128 + DECODE_CPU_KEPT_GIB
+    stages["load vae"] = python | core
+    stages[f"run {network}"] = python | core | {"denoising": DENOISE_GIB * megapixels * double}
+    stages["run vae"] = python | core | {"decoding": decode}
+    return stages
 
 
 def _gib(part: Part, dtype: str) -> float:

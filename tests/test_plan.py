@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from helpers import sizes
 from helpers.memory import Budget, DoesNotFit, plan
 from helpers.pipelines import LoadError, load
-from helpers.plan import CONTEXT_GIB, RELATIVE_TIME, next_plan, plans
+from helpers.plan import CONTEXT_GIB, RELATIVE_TIME, cpu_stages, next_plan, plans
 from helpers.registry import MODELS, Model
 from helpers.sizes import FROM_FILES, KNOWN, measure, parts, weight_files
 
@@ -124,6 +125,31 @@ def test_larger_pictures_need_no_less():
         assert one.peak_vram_gib <= plans(SD35, T4, 1024, 1024)[name].peak_vram_gib
     assert plan(SD35, Budget("cuda", 6.6, 14.0, (7, 5), 78.0), 768, 768).name == "no-t5"
     assert plan(SD35, Budget("cuda", 6.6, 14.0, (7, 5), 78.0), 1024, 1024).name == "model-offload"
+
+
+@pytest.mark.parametrize("ram", [6.0, 8.0, 12.7])
+def test_a_small_machine_never_reads_the_whole_pipeline_into_its_ram(ram):
+    """The parts are 17.03 GiB in float16. What fits stays below the RAM, and what a user asks for by name, although it
+    is refused, stays in the files on a CPU, and off the RAM with a GPU: T5 is never offloaded there as a whole."""
+    for budget in (Budget("cuda", 14.75, ram, (7, 5), 78.0, True), Budget("cpu", 0.0, ram, None, 78.0)):
+        every = plans(SD35, budget)
+        for name, one in every.items():
+            assert one.refused or one.peak_ram_gib <= ram
+            assert one.dtype == "float16" or name == "resident"
+            assert one.peak_ram_gib < 10
+        assert every["cpu"].peak_ram_gib < 6
+
+
+def test_the_rehearsal_found_what_is_predicted():
+    """Its page has the measured figures; the sums must still be within a tenth of them."""
+    page = Path(__file__).with_name("rehearsal") / "README.md"
+    rows = re.findall(r"^\| (\w+ \w+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|", page.read_text(), re.MULTILINE)
+    at_256 = {stage for stage, side, *_ in rows if side == "256"}
+    assert at_256 == set(cpu_stages("float16", KNOWN["sd35-medium"], 1 / 16))
+    for stage, side, shown, measured in rows:
+        predicted = sum(cpu_stages("float16", KNOWN["sd35-medium"], int(side) ** 2 / 2**20)[stage].values())
+        assert predicted == pytest.approx(float(shown), abs=0.006)
+        assert float(measured) == pytest.approx(predicted, rel=0.1)
 
 
 def test_nothing_fits():

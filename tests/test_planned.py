@@ -3,6 +3,7 @@ import json
 import shutil
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -11,6 +12,7 @@ import tiny
 import torch
 from hub import Hub
 from huggingface_hub import constants
+from rehearsal.checkpoint import write
 
 from helpers import planned, sizes
 from helpers.generate import Settings, decode, generate
@@ -137,6 +139,32 @@ def test_nothing_holds_an_encoder_when_the_next_network_is_loaded(model, monkeyp
     monkeypatch.setattr(planned, "free", gc.collect)
     draw(load(model, "staged"))
     assert len(alive) == 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux where a tensor is")
+@pytest.mark.parametrize("name", ["cpu", "resident", "sequential-offload"])
+def test_float16_weights_stay_in_their_files(tmp_path, name):
+    """Only T5's `wo` and the VAE take RAM of their own, in float32: what is larger than the RAM is not read into it."""
+    model = Model("tiny3", "StableDiffusion3Pipeline", 64, 2, 4.0, (PROMPT,), folder=str(write(tmp_path, tiny=True)))
+    one = plans(model, Budget("cpu", 0.0, 0.3, None, 50.0))[name]
+    assert one.dtype == "float16"
+    pipe = load(model, one)
+    for part in sizes.NETWORKS:
+        if part in pipe.components:
+            network = getattr(pipe, part) or pipe._load(part, pipe.home)
+            places = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+            spans = [
+                [int(x, 16) for x in place[0].split("-")] for place in places if place[-1].endswith(".safetensors")
+            ]
+            copied = {
+                key
+                for key, tensor in network.state_dict().items()
+                if not any(start <= tensor.data_ptr() < end for start, end in spans)
+            }
+            assert copied == {
+                key for key in network.state_dict() if part == "vae" or key.endswith("ReluDense.wo.weight")
+            }
+    assert draw(pipe, steps=1).shape == (64, 64, 3)
 
 
 def test_no_t5_keeps_the_transformer_for_a_new_prompt(model, loads):
@@ -298,7 +326,7 @@ def test_damaged_files_are_one_sentence(model, folder, tmp_path):
 
 
 def test_a_gated_model_by_plan(model, folder, tmp_path, monkeypatch, capsys):
-    sd35 = replace(MODELS["sd35-medium"], steps=2)
+    sd35 = replace(MODELS["sd35-medium"], steps=2, size=None)
     with Hub({sd35.hub_id: folder}) as hub:
         hub.connect(monkeypatch, tmp_path / "cache")
         hub.gate, hub.known = "gated", {"hf_TestToken"}

@@ -1,6 +1,6 @@
 """Writes a checkpoint with the shapes, file names and shards of stabilityai/stable-diffusion-3.5-medium, and no sense.
 
-    python tests/rehearsal/checkpoint.py build/sd35            # 15.9 GB, a few minutes
+    python tests/rehearsal/checkpoint.py build/sd35            # 16.3 GB, a few minutes
     python tests/rehearsal/checkpoint.py build/tiny --tiny     # the same layout, 2 MB
 
 The weights are random and in float16, written tensor by tensor, so that RAM stays below 1 GiB. Left out are the files
@@ -122,7 +122,8 @@ def write(folder: Path, tiny: bool) -> Path:
         if name == "transformer":
             config["pos_embed_max_size"] = configs(tiny)[name]["pos_embed_max_size"]
             shapes[TABLE] = (1, config["pos_embed_max_size"] ** 2, shapes[TABLE][2])
-        config.setdefault("architectures", [type(network).__name__])
+        if library == "transformers":
+            config.setdefault("architectures", [type(network).__name__])
         (folder / name / "config.json").write_text(json.dumps(config, indent=2))
         _write_shards(folder / name, "model" if library == "transformers" else "diffusion_pytorch_model", shapes, noise)
     for name in ("tokenizer", "tokenizer_2"):
