@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
+from helpers.clean import remember
 from helpers.login import can_ask
 from helpers.memory import free
 
@@ -66,9 +67,11 @@ def generate(
     """Draw `settings.count` RGB pictures, or none at all ([]) if `should_stop` said so.
 
     `on_step(step, steps, latents)` is called after every step, with step = 1..steps and the latents of the whole batch,
-    (count, C, h, w), to look at and not to change; without it a progress bar is shown. `steps` counts the calls of the
-    model, so two-stage samplers have more of them than `settings.steps`. `should_stop()` is asked after every step but
-    the last. Each picture carries what drew it in `image.info`: "settings" (filled in, its own seed) and "model".
+    (count, C, h, w), to look at and not to change; without it a progress bar is shown. `helpers.preview.LiveMeter` is
+    one such function, and any may ask `clean_latents(pipe.scheduler)` for the guess of the finished latents. `steps`
+    counts the calls of the model, so two-stage samplers have more of them than `settings.steps`. `should_stop()` is
+    asked after every step but the last. Each picture carries what drew it in `image.info`: "settings" (filled in, its
+    own seed) and "model".
 
     Where the GPU's memory runs full, a pipeline with a plan starts again under the next one down, and a picture is
     decoded in tiles; `say` is told so. If decoding fails all the same, the finished latents are in `pipe.kept_latents`
@@ -165,8 +168,10 @@ def resolve(pipe: diffusers.DiffusionPipeline, settings: Settings) -> Settings:
     model = getattr(pipe, "model", None)  # set by pipelines.load; a pipeline from elsewhere has SD1.5's defaults
     steps = settings.steps if settings.steps is not None else getattr(model, "steps", 25)
     guidance = settings.guidance if settings.guidance is not None else getattr(model, "guidance", 7.5)
-    height = settings.height if settings.height is not None else own_size(pipe)[0]
-    width = settings.width if settings.width is not None else own_size(pipe)[1]
+    own, size = own_size(pipe), getattr(model, "size", None) or max(own_size(pipe))
+    # The registry may ask for less than the size of training: 1024 pixels take twice the time of 768.
+    height = settings.height if settings.height is not None else min(size, own[0])
+    width = settings.width if settings.width is not None else min(size, own[1])
     scheduler = settings.scheduler or type(pipe.scheduler).__name__
 
     for name, text in (("prompt", settings.prompt), ("negative prompt", settings.negative_prompt)):
@@ -189,8 +194,8 @@ def resolve(pipe: diffusers.DiffusionPipeline, settings: Settings) -> Settings:
         steps=_whole(steps, "steps", 1, 500),
         guidance=guidance,
         seed=_whole(settings.seed, "seed", 0, 2**63 - 1),
-        height=_side(pipe, height, "height", own_size(pipe)[0]),
-        width=_side(pipe, width, "width", own_size(pipe)[1]),
+        height=_side(pipe, height, "height", own[0]),
+        width=_side(pipe, width, "width", own[1]),
         scheduler=scheduler,
         count=_whole(settings.count, "count", 1, 64),
     )
@@ -329,7 +334,7 @@ def _scheduler(pipe, name: str) -> Iterator[None]:
     """Swap the sampler for one run. Samplers remember their steps, so the pipeline's own is not touched at all."""
     own = pipe.scheduler
     cls = type(own) if name == type(own).__name__ else getattr(diffusers, name)
-    pipe.scheduler = cls.from_config(own.config)
+    pipe.scheduler = remember(cls.from_config(own.config))
     try:
         yield
     finally:

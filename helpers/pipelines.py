@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from helpers.registry import ROOT, Model, find
 from helpers.sizes import FROM_FILES, cached, parts
 
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # SD1.5's own; a single-file checkpoint holds weights only
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 T5_PARTS = (T5, "tokenizer_3")
 
 # What each part of a pipeline is described by, by a word in its class; everything else is a network with weights.
@@ -87,6 +90,30 @@ def load(model: Model | str, plan: Plan | str | None = None) -> diffusers.Diffus
     pipe.set_progress_bar_config(disable=True)  # generate has its own
     pipe.model = model
     return pipe
+
+
+def files(model: Model | str) -> tuple[Path, Path | None]:
+    """Where the model's files are, for code that reads them itself: `from_scratch.load(*files("sd15"))`.
+
+    The folder in the layout of diffusers, after the same checks and the same download as in `load`, and None. If the
+    Hub has only the mirror's single file left: that file, and a folder with the configurations and the tokenizer that
+    it lacks. Raises ValueError for an unknown name and LoadError, one sentence, as `load` does.
+    """
+    model = find(model)
+    with unworried():
+        cls = getattr(diffusers, model.pipeline)
+    folder = _folder(cls, model)
+    if folder is None and model.mirror_file is not None:
+        weights, tokenizer_folder = _mirror_files(model)
+        config = Path(tempfile.mkdtemp(prefix=f"{model.name}-config-"))  # a megabyte or two
+        shutil.copytree(ROOT / model.mirror_config, config, dirs_exist_ok=True)
+        (config / "tokenizer").mkdir(exist_ok=True)
+        for part in TOKENIZER_FILES:
+            shutil.copyfile(tokenizer_folder / part, config / "tokenizer" / part)
+        return weights, config
+    folder = folder or _download(cls, model, model.mirror)
+    _check_folder(model, folder)
+    return folder, None
 
 
 def _plan(model: Model, plan: Plan | str | None, budget: Budget) -> Plan:
@@ -199,18 +226,7 @@ def _download(cls, model: Model, repo_id: str) -> Path:
 def _from_mirror(cls, model: Model, dtype: torch.dtype) -> diffusers.DiffusionPipeline:
     if model.mirror_file is None:
         return _from_folder(cls, model, _download(cls, model, model.mirror), dtype)
-    try:
-        check_token()
-        repo_id = model.mirror
-        weights = Path(hf_hub_download(repo_id, model.mirror_file))
-        repo_id = CLIP_TOKENIZER
-        for part in ("vocab.json", "merges.txt", "tokenizer_config.json"):
-            tokenizer_folder = Path(hf_hub_download(repo_id, part)).parent
-    except AccessError as error:
-        raise LoadError(str(error)) from error
-    except HUB_ERRORS as error:
-        raise LoadError(explain(error, repo_id)) from error
-    _check_weights(model, weights)
+    weights, tokenizer_folder = _mirror_files(model)
     with no_bars():
         return cls.from_single_file(
             str(weights),
@@ -220,6 +236,23 @@ def _from_mirror(cls, model: Model, dtype: torch.dtype) -> diffusers.DiffusionPi
             **dtype_keyword(dtype),
             **dict.fromkeys(model.without),
         )
+
+
+def _mirror_files(model: Model) -> tuple[Path, Path]:
+    """The mirror's single file, which holds weights only, and a folder with the tokenizer, after a download."""
+    try:
+        check_token()
+        repo_id = model.mirror
+        weights = Path(hf_hub_download(repo_id, model.mirror_file))
+        repo_id = CLIP_TOKENIZER
+        for part in TOKENIZER_FILES:
+            tokenizer_folder = Path(hf_hub_download(repo_id, part)).parent
+    except AccessError as error:
+        raise LoadError(str(error)) from error
+    except HUB_ERRORS as error:
+        raise LoadError(explain(error, repo_id)) from error
+    _check_weights(model, weights)
+    return weights, tokenizer_folder
 
 
 def _from_folder(cls, model: Model, folder: Path, dtype: torch.dtype) -> diffusers.DiffusionPipeline:

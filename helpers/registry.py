@@ -12,7 +12,7 @@ class Model:
 
     name: str
     pipeline: str  # class in diffusers
-    size: int | None  # pixels; None: the folder says, see `generate.own_size`
+    size: int | None  # pixels to draw, at most those of training; None: the folder says, see `generate.own_size`
     steps: int
     guidance: float
     examples: tuple[str, ...]
@@ -64,7 +64,7 @@ MODELS = {
                 "a lighthouse on a cliff at sunset, oil painting",
                 "a cosy reading corner with plants, watercolour",
             ),
-            twin="storybook-sd",  # until storybook-sd3 is trained
+            twin="storybook-sd3",
             download_gb=16.3,
             vram_gib=5.5,  # model-offload's, which is the last plan that is not many times slower
         ),
@@ -72,6 +72,19 @@ MODELS = {
             name="storybook-sd",
             pipeline="StableDiffusionPipeline",
             folder="models/storybook-sd",
+            size=None,
+            steps=25,
+            guidance=2.0,
+            examples=(
+                "a red boat by the sea",
+                "a small yellow star under a starry night sky",
+                "a blue house in the snow",
+            ),
+        ),
+        Model(
+            name="storybook-sd3",
+            pipeline="StableDiffusion3Pipeline",
+            folder="models/storybook-sd3",
             size=None,
             steps=25,
             guidance=2.0,

@@ -45,6 +45,13 @@ def test_defaults_come_from_the_model(pipe):
     assert image.info["model"] == "tiny"
 
 
+def test_the_registry_may_ask_for_less_than_the_size_of_training(pipe):
+    pipe.model = Model("tiny", "StableDiffusionPipeline", 32, 4, 4.0, (PROMPT,), folder="none")
+    assert (resolve(pipe, Settings(PROMPT)).height, resolve(pipe, Settings(PROMPT, width=72)).width) == (32, 72)
+    pipe.model = Model("tiny", "StableDiffusionPipeline", 512, 4, 4.0, (PROMPT,), folder="none")
+    assert resolve(pipe, Settings(PROMPT)).width == 64
+
+
 def test_a_batch_is_the_single_pictures(pipe):
     batch = generate(pipe, Settings(PROMPT, steps=3, seed=7, count=3, scheduler="EulerAncestralDiscreteScheduler"))
     assert [image.info["settings"].seed for image in batch] == [7, 8, 9]

@@ -11,10 +11,11 @@ import torch
 from hub import Hub
 from huggingface_hub import constants
 
+import from_scratch
 from helpers import pipelines
 from helpers.generate import Settings, generate
 from helpers.memory import Budget
-from helpers.pipelines import CLIP_TOKENIZER, MODELS, LoadError, choose, load
+from helpers.pipelines import CLIP_TOKENIZER, MODELS, LoadError, choose, files, load
 
 SD15 = MODELS["sd15"]
 UNET = "unet/diffusion_pytorch_model.fp16.safetensors"
@@ -182,6 +183,47 @@ def test_mirror_as_a_folder(hub, folder, capsys):
     assert f"no repository {SD15.hub_id} on the Hub" in fails(replace(SD15, mirror=None))
 
 
+def unet_output(unet) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator) for shape in ((1, 4, 8, 8), (1, 3, unet_width(unet)))]
+    with torch.no_grad():
+        found = unet(inputs[0], torch.tensor(500), inputs[1])
+    return found if isinstance(found, torch.Tensor) else found.sample
+
+
+def unet_width(unet) -> int:
+    return unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.in_features
+
+
+def test_files_for_code_that_reads_them_itself(hub, folder, tmp_path, monkeypatch, capsys):
+    """From the Hub, from the mirror's single file and from the repository: from_scratch loads what diffusers does."""
+    path, config = files("sd15")
+    assert config is None and (path / UNET).is_file() and not (path / "safety_checker").exists()
+    pipe, mine = load("sd15").to("cpu", torch.float32), from_scratch.load(path, config)
+    ids = pipe.tokenizer(["a red boat"], padding="max_length", max_length=77).input_ids
+    assert mine.tokenizer.encode(["a red boat"]).tolist() == ids
+    expected = unet_output(pipe.unet)
+    assert torch.allclose(unet_output(mine.unet), expected, atol=1e-4)
+
+    configs = tmp_path / "configs"
+    ignored = shutil.ignore_patterns("*.safetensors", "*.bin", "*.ckpt", "tokenizer")
+    shutil.copytree(folder, configs, ignore=ignored)
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    tiny.single_file(folder, mirror / SD15.mirror_file)
+    hub.repositories = {SD15.mirror: mirror, CLIP_TOKENIZER: folder / "tokenizer"}
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cold"))
+    monkeypatch.setattr(pipelines.tempfile, "tempdir", str(tmp_path))
+    mine = from_scratch.load(*files(replace(SD15, mirror_config=str(configs))))
+    assert mine.tokenizer.encode(["a red boat"]).tolist() == ids
+    assert torch.allclose(unet_output(mine.unet), expected, atol=1e-4)
+    assert "the mirror" in capsys.readouterr().out
+
+    assert files("storybook-sd") == (pipelines.ROOT / "models" / "storybook-sd", None)
+    with pytest.raises(LoadError, match="models/nowhere/model_index.json is missing"):
+        files(replace(MODELS["storybook-sd"], folder="models/nowhere"))
+
+
 def test_configs_for_the_mirror_are_those_of_sd15():
     """What the single file lacks, built on the meta device: the counts of parameters are those of SD1.5."""
     configs = pipelines.ROOT / SD15.mirror_config
@@ -288,8 +330,8 @@ def test_choose(monkeypatch, capsys, device, vram, name, why):
 def test_choose_the_flagship(monkeypatch, capsys):
     for device, vram, name in (
         ("cuda", 14.75, "sd35-medium"),
-        ("cuda", 4.0, "storybook-sd"),
-        ("cpu", 0.0, "storybook-sd"),
+        ("cuda", 4.0, "storybook-sd3"),
+        ("cpu", 0.0, "storybook-sd3"),
     ):
         machine(monkeypatch, device, vram)
         assert choose("sd35-medium") is MODELS[name]
