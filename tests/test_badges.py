@@ -85,12 +85,13 @@ def test_setup_on_colab_clones_once_and_installs_what_is_missing(monkeypatch, tm
     name = badges.repository().split("/")[1]
     commands = []
 
-    def run(command, check):
+    def run(command, check=False):
         """Stands in for git and pip: 'clones' a repository that needs one package nobody has."""
         commands.append(command)
         if command[0] == "git":
             Path(Path(command[-1]).name, "notebooks").mkdir(parents=True)
             Path(Path(command[-1]).name, "requirements.txt").write_text("# comment\nnumpy>=99\nno-such-thing>=1.2\n")
+        return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(subprocess, "run", run)

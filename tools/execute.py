@@ -33,6 +33,9 @@ def execute(path: Path) -> float:
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                output.data.pop("image/jpeg", None)  # PIL pictures come in both
     nbformat.validate(notebook)
     temporary = path.with_suffix(".part")
     nbformat.write(notebook, temporary)

@@ -11,7 +11,8 @@ REPOSITORY = "https://github.com/diffusion-notebooks/diffusion-notebooks"
 if "google.colab" in sys.modules and Path.cwd().name != "notebooks":
     folder = Path(REPOSITORY).name
     if not Path(folder).exists():
-        subprocess.run(["git", "clone", "--quiet", "--depth=1", "--branch=main", REPOSITORY], check=True)
+        if subprocess.run(["git", "clone", "--quiet", "--depth=1", "--branch=main", REPOSITORY]).returncode:
+            raise RuntimeError(f"{REPOSITORY} could not be fetched: check the network, then run this cell again.")
     os.chdir(Path(folder, "notebooks"))
     have = {str(d.name).lower().replace("_", "-") for d in importlib.metadata.distributions()}
     wanted = [line for line in Path("../requirements.txt").read_text().splitlines() if ">=" in line]
