@@ -324,9 +324,7 @@ def _decode_in_tiles(vae, latents: torch.Tensor) -> torch.Tensor:
 
 def _require_finite(tensor: torch.Tensor, stage: str) -> None:
     if not torch.isfinite(tensor).all():
-        raise RuntimeError(
-            f"There are NaN or infinite numbers in {stage}: load the model in float32, or lower the guidance."
-        )
+        raise RuntimeError(f"There are NaN or infinite numbers in {stage}: try another seed, or a lower guidance.")
 
 
 @contextmanager

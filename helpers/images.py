@@ -19,6 +19,7 @@ CELL = 160  # pixels; smaller pictures are enlarged by a whole factor, so that a
 GAP = 8
 FONT_SIZE = 15
 TITLE_SIZE = 20
+SHOWN = 1200  # about as wide as a notebook shows a picture, in pixels
 LIBRARIES = ("torch", "diffusers", "transformers")
 
 
@@ -51,10 +52,12 @@ def grid(
     rows = -(-len(images) // columns)
     total = GAP + columns * (width + GAP)
 
-    font, title_font = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(TITLE_SIZE)
+    scale = max(1, round(total / SHOWN))  # a page shows a wide grid smaller, its letters too
+    size, title_size = FONT_SIZE * scale, TITLE_SIZE * scale
+    font, title_font = ImageFont.load_default(size), ImageFont.load_default(title_size)
     texts = [wrap(label, font, width) for label in labels]
     heading = wrap(title, title_font, total - 2 * GAP) if title else []
-    line, title_line = round(FONT_SIZE * 1.4), round(TITLE_SIZE * 1.4)
+    line, title_line = round(size * 1.4), round(title_size * 1.4)
     # Each row is as tall as its longest label.
     below = [max((len(t) for t in texts[r * columns : (r + 1) * columns]), default=0) * line for r in range(rows)]
     top = GAP + (len(heading) * title_line + GAP if heading else 0)

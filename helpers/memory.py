@@ -90,6 +90,7 @@ def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch._C._host_emptyCache()  # pinned RAM, which group offloading takes and PyTorch would keep
     elif torch.backends.mps.is_available():
         torch.mps.empty_cache()
 

@@ -139,3 +139,9 @@ def test_tensor_to_picture():
         to_image(torch.zeros(1, 4, 4))
     with pytest.raises(ValueError, match="NaN"):
         to_image(torch.full((3, 2, 2), float("nan")))
+
+
+def test_labels_of_wide_grids_stay_readable():
+    """A page shows a grid of large pictures at a third of its size."""
+    narrow, wide = (grid([Image.new("RGB", (side, side))] * 4, labels=["boat"] * 4) for side in (256, 1024))
+    assert wide.height - 1024 >= 2 * (narrow.height - 256)
