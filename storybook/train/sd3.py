@@ -172,7 +172,7 @@ def main(argv=None) -> None:
         return assemble(transformer, clips, t5, vae, tokenizer, t5_tokenizer)
 
     def sample(step):
-        glance(pipeline(), 2.0, RUNS / "sd3" / f"samples-{step:06d}.png")
+        glance(pipeline(), 3.0, RUNS / "sd3" / f"samples-{step:06d}.png")
 
     schedule = Schedule(args.steps, args.batch_size, args.learning_rate, warmup=200, ema_decay=0.9995, save_every=500)
     objective = FlowMatching(transformer, clips, t5)
