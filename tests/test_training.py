@@ -105,3 +105,11 @@ def test_the_training_pictures_are_rebuilt_from_their_numbers(tmp_path):
     again = data.pictures("train", 8, 32, cache=tmp_path / "b")
     assert (first == again).all()
     assert first.std() > 10
+
+
+def test_one_caption_in_ten_is_empty_and_pairs_come_twice():
+    scenes = data.scenes("fresh", 1000)
+    texts = data.captions_for_guidance(scenes, torch.Generator().manual_seed(0))
+    assert 70 <= texts.count("") <= 130
+    order = data.by_things(scenes)
+    assert all(order.count(index) == len(scenes[index].things) for index in range(50))

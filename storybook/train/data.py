@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from storybook.world import Scene, caption, random_scene, render_with_masks
 
 CACHE = Path("outputs/train/data")
+CAPTION_DROPOUT = 0.1
 
 
 def numbered_rng(split: str, index: int) -> random.Random:
@@ -61,6 +62,18 @@ def captions(chosen: list[Scene], seed: int) -> list[str]:
     """One wording for each scene; another seed gives other wordings."""
     rng = random.Random(seed)
     return [caption(scene, rng) for scene in chosen]
+
+
+def captions_for_guidance(chosen: list[Scene], generator: torch.Generator) -> list[str]:
+    """One wording for each scene, but an empty caption in one of ten (Ho & Salimans, 2022)."""
+    texts = captions(chosen, int(torch.randint(2**31, (), generator=generator)))
+    dropped = torch.rand(len(chosen), generator=generator) < CAPTION_DROPOUT
+    return ["" if drop else text for text, drop in zip(texts, dropped, strict=True)]
+
+
+def by_things(scenes: list[Scene]) -> list[int]:
+    """Indices of the scenes, those of two things twice: they are harder."""
+    return [index for index, scene in enumerate(scenes) for _ in scene.things]
 
 
 def to_tensor(batch: np.ndarray) -> torch.Tensor:

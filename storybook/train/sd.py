@@ -23,7 +23,6 @@ from storybook.train import clip, data
 from storybook.train.loop import RUNS, Schedule, keep_log, make_accelerator, train
 
 OUT = Path("models/storybook-sd")
-CAPTION_DROPOUT = 0.1
 MIN_SNR_GAMMA = 5.0
 # Stable Diffusion 1.5's own numbers, for training and for sampling
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -122,7 +121,7 @@ def main(argv=None) -> None:
     text_encoder = CLIPTextModel.from_pretrained(clip.OUT, dtype=torch.float32).eval()
     size = vae.config.sample_size
     scenes = data.scenes("train", args.pictures)
-    by_things = [index for index, scene in enumerate(scenes) for _ in scene.things]  # two things: twice as often
+    by_things = data.by_things(scenes)
     latents = cached_latents(vae, data.pictures("train", args.pictures, size), make_accelerator())
     unet = new_unet(size // 8, text_encoder.config.hidden_size).to(memory_format=torch.channels_last)
 
@@ -130,9 +129,7 @@ def main(argv=None) -> None:
         indices = [by_things[i] for i in indices]
         mean, std = latents[indices].float().unbind(1)
         clean = (mean + std * torch.randn(mean.shape, generator=generator)) * vae.config.scaling_factor
-        texts = data.captions([scenes[i] for i in indices], int(torch.randint(2**31, (), generator=generator)))
-        dropped = torch.rand(len(indices), generator=generator) < CAPTION_DROPOUT
-        texts = ["" if drop else text for text, drop in zip(texts, dropped, strict=True)]
+        texts = data.captions_for_guidance([scenes[i] for i in indices], generator)
         noise = torch.randn(clean.shape, generator=generator)
         return clean, noise, stratified_timesteps(len(indices), generator), clip.tokenize(tokenizer, texts)
 

@@ -24,7 +24,7 @@ from storybook import world
 from storybook.evaluate import glance
 from storybook.train import clip, data
 from storybook.train.loop import RUNS, Schedule, keep_log, make_accelerator, train
-from storybook.train.sd import CAPTION_DROPOUT, cached_latents
+from storybook.train.sd import cached_latents
 
 OUT = Path("models/storybook-sd3")
 SECOND_CLIP = RUNS / "clip-2" / "model"
@@ -149,7 +149,7 @@ def main(argv=None) -> None:
     pooled_width = sum(encoder.config.projection_dim for encoder in clips)
     transformer = new_transformer(size // 8, context_width, pooled_width)
     scenes = data.scenes("train", args.pictures)
-    by_things = [index for index, scene in enumerate(scenes) for _ in scene.things]  # two things: twice as often
+    by_things = data.by_things(scenes)
     latents = cached_latents(vae, data.pictures("train", args.pictures, size), make_accelerator())
 
     def make_batch(indices, generator):
@@ -157,9 +157,7 @@ def main(argv=None) -> None:
         mean, std = latents[indices].float().unbind(1)
         clean = mean + std * torch.randn(mean.shape, generator=generator)
         clean = (clean - vae.config.shift_factor) * vae.config.scaling_factor
-        texts = data.captions([scenes[i] for i in indices], int(torch.randint(2**31, (), generator=generator)))
-        dropped = torch.rand(len(indices), generator=generator) < CAPTION_DROPOUT
-        texts = ["" if drop else text for text, drop in zip(texts, dropped, strict=True)]
+        texts = data.captions_for_guidance([scenes[i] for i in indices], generator)
         texts[::4] = [text.capitalize() for text in texts[::4]]
         noise = torch.randn(clean.shape, generator=generator)
         length = T5_LENGTHS[int(torch.randint(len(T5_LENGTHS), (), generator=generator))]
