@@ -1,7 +1,6 @@
-"""A prompt panel under a cell: type, press Generate, look. Thin over `generate`; for ipywidgets 7 and 8 alike."""
+"""A prompt panel under a cell: type, press Generate, watch, look. Thin over `generate`; for ipywidgets 7 and 8 alike."""
 
 import html
-import io
 import random
 import sys
 import threading
@@ -16,9 +15,9 @@ from PIL import Image
 
 from helpers import images
 from helpers.generate import Settings, generate, resolve
+from helpers.preview import LiveMeter, to_png
 
 SHOWN = 256  # pixels; smaller pictures are enlarged by a whole factor, without smoothing
-SECONDS_BETWEEN_UPDATES = 0.1
 
 
 def prompt_panel(
@@ -51,6 +50,7 @@ class PromptPanel:
         self._settings = settings  # for what has no control: size, scheduler
         self._folder = folder
         self._threaded = "google.colab" not in sys.modules if threaded is None else threaded
+        self._meter = LiveMeter(pipe, self._show_progress)
         self._busy, self._stop, self._thread = threading.Lock(), threading.Event(), None
 
         wide = widgets.Layout(width="100%")
@@ -132,9 +132,9 @@ class PromptPanel:
         self._say("" if self._threaded else "Drawing; Runtime, Interrupt execution stops it.")
         said, start = [], time.perf_counter()
         try:
-            drawn = generate(self.pipe, settings, self._step_shower(), self._stop.is_set, said.append)
+            drawn = generate(self.pipe, settings, self._on_step, self._stop.is_set, said.append)
             if drawn:
-                self._show(drawn[0])
+                self.picture, self.save.disabled = drawn[0], False
                 self._say(f"Drawn in {time.perf_counter() - start:.1f} s: {_words(self.picture)}", *said)
             else:
                 self._say("Stopped; the picture below is the one from before.")
@@ -146,33 +146,29 @@ class PromptPanel:
             self.bar.bar_style = "danger"
             self._say(_sentence(error), bad=True)
         finally:
+            self._show()
             self.progress.value = ""
             self.go.disabled, self.stop.disabled = False, True
         return None
 
-    def _step_shower(self):
-        start = shown = time.perf_counter()
+    def _on_step(self, step: int, steps: int, latents: torch.Tensor) -> None:
+        self.bar.max, self.bar.value = steps, step
+        self._meter(step, steps, latents)
 
-        def show(step: int, steps: int, latents: torch.Tensor) -> None:
-            nonlocal shown
-            now = time.perf_counter()
-            if now - shown < SECONDS_BETWEEN_UPDATES and 1 < step < steps:
-                return
-            shown, each = now, (now - start) / step
-            self.bar.max, self.bar.value = steps, step
-            self.progress.value = f"step {step} of {steps}, {each:.2f} s a step, {each * (steps - step):.0f} s left"
+    def _show_progress(self, line: str, preview: Image.Image, last: bool) -> None:
+        self.progress.value = line
+        if self.picture is not None and not last:  # the page stretches it to the size of the picture before
+            self.image.value = to_png(preview)
 
-        return show
-
-    def _show(self, picture: Image.Image) -> None:
-        factor = -(-SHOWN // max(picture.size))  # rounded up
-        size = (picture.width * factor, picture.height * factor)
-        png = io.BytesIO()
-        picture.resize(size, Image.Resampling.NEAREST).save(png, format="PNG")
-        self.picture, self.image.value = picture, png.getvalue()
-        self.image.width, self.image.height = str(size[0]), str(size[1])
+    def _show(self) -> None:
+        """The latest picture, instead of a preview."""
+        if self.picture is None:
+            return
+        factor = -(-SHOWN // max(self.picture.size))  # rounded up
+        size = (self.picture.width * factor, self.picture.height * factor)
+        self.image.value = to_png(self.picture.resize(size, Image.Resampling.NEAREST))
+        self.image.width, self.image.height = map(str, size)
         self.image.layout.display = None
-        self.save.disabled = False
 
     def _say(self, *sentences: str, bad: bool = False) -> None:
         """Everything here may hold what a person typed, so all of it is escaped."""

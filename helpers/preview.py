@@ -8,6 +8,7 @@ import io
 import sys
 import time
 from base64 import b64encode
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import diffusers
@@ -71,16 +72,17 @@ class LiveMeter:
     In a notebook it is a line and a small picture that change in place, elsewhere a line of text. The picture is the
     model's guess of the finished one (`clean_latents`, the first of a batch) through `rgb`, the map of `fit_rgb`,
     which is made when the VAE is there. It shows so rarely that it costs at most 5 % of the time between steps;
-    `share` says what it did cost. One meter may watch any number of runs.
+    `share` says what it did cost. One meter may watch any number of runs. `show(line, picture, last)` puts both
+    elsewhere than below the cell; `last` is true at a run's last step.
     """
 
-    def __init__(self, pipe: diffusers.DiffusionPipeline):
+    def __init__(self, pipe: diffusers.DiffusionPipeline, show: Callable[[str, Image.Image, bool], None] | None = None):
         self.pipe = pipe
         self.rgb: LatentToRgb | None = None
         self.line = ""  # as shown last
         self.picture: Image.Image | None = None
         self.share = 0.0  # of the time between the first step and the last one, spent here
-        self._display = _Display()
+        self._show_elsewhere = show
         if pipe.vae is not None:  # else it is loaded with the first picture
             self._prepare()
 
@@ -89,14 +91,15 @@ class LiveMeter:
         if step == 1:
             if self.rgb is None:
                 self._prepare()
-            self._start, self._spent, self._display = time.perf_counter(), 0.0, _Display()
+            self._start, self._spent = time.perf_counter(), 0.0
+            self._show = self._show_elsewhere or _Display()
             now = self._start
         elapsed = now - self._start
         # One more is held back for the last step, which is always shown.
         if step == steps or self._spent + 2 * self._cost <= SHARE * elapsed:
             self.line = self._line(step, steps, elapsed - self._spent)
             self.picture = self._picture()
-            self._display.show(self.line, self.picture, last=step == steps)
+            self._show(self.line, self.picture, step == steps)
             self._cost = time.perf_counter() - now
             self._spent += self._cost
         self.share = self._spent / elapsed if elapsed else 0.0
@@ -105,7 +108,7 @@ class LiveMeter:
         self.rgb = fit_rgb(self.pipe.vae)
         for _ in range(2):  # the first PNG of a process takes longer
             start = time.perf_counter()
-            _png(Image.new("RGB", (SHOWN, SHOWN)))
+            to_png(Image.new("RGB", (SHOWN, SHOWN)))
         self._cost = 4 * (time.perf_counter() - start)  # a guess of what an update takes
 
     def _line(self, step: int, steps: int, seconds: float) -> str:
@@ -126,12 +129,12 @@ class LiveMeter:
 
 
 class _Display:
-    """A line and a picture below a cell, made by the first `show`; in plain Python a line, rewritten in a terminal."""
+    """A line and a picture below a cell, made by the first call; in plain Python a line, rewritten in a terminal."""
 
     def __init__(self):
         self.handles = None
 
-    def show(self, line: str, picture: Image.Image, last: bool) -> None:
+    def __call__(self, line: str, picture: Image.Image, last: bool) -> None:
         if not _in_notebook():
             if sys.stdout.isatty():
                 print(f"\r{line:<79}", end="\n" if last else "", flush=True)
@@ -143,7 +146,7 @@ class _Display:
         # As plain text and PNG, so that nothing has to be escaped and every page shows the last state.
         contents = (
             {"text/plain": line},
-            {"image/png": b64encode(_png(picture)).decode(), "text/plain": "the picture so far"},
+            {"image/png": b64encode(to_png(picture)).decode(), "text/plain": "the picture so far"},
         )
         if self.handles is None:
             self.handles = [display(content, raw=True, display_id=True) for content in contents]
@@ -160,7 +163,8 @@ def _in_notebook() -> bool:
     return getattr(get_ipython(), "kernel", None) is not None
 
 
-def _png(picture: Image.Image) -> bytes:
+def to_png(picture: Image.Image) -> bytes:
+    """The file of a picture that is looked at once, little compressed because that takes the time."""
     file = io.BytesIO()
     picture.save(file, "PNG", compress_level=1)
     return file.getvalue()

@@ -6,7 +6,7 @@ import ipywidgets
 import pytest
 import tiny
 
-from helpers import images
+from helpers import images, preview
 from helpers.generate import Settings, generate
 from helpers.panel import prompt_panel
 from helpers.pipelines import Model, load
@@ -166,6 +166,28 @@ def test_an_interrupt_ends_a_run_without_threads(pipe, monkeypatch):
     assert "Stopped" in panel.message.value
     click_and_wait(panel)
     assert "Drawn in" in panel.message.value
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_previews_while_it_draws_then_the_latest_picture(pipe, monkeypatch, interrupted):
+    panel = prompt_panel(pipe, threaded=False)
+    monkeypatch.setattr(preview, "SHARE", 1e9)  # one at each step but the first, when no time has passed, and the last
+    first, shown = bytes(panel.image.value), []
+    panel.image.observe(lambda change: shown.append(bytes(change["new"])), "value")
+
+    def at_step(n):
+        if n == 3 and interrupted:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        watch(pipe, patch, at_step)
+        panel.seed.value = "1"
+        click_and_wait(panel)
+    previews, last = shown[:-1], shown[-1]
+    assert len(set(previews)) == (1 if interrupted else pipe.num_timesteps - 2)
+    assert all(picture.startswith(b"\x89PNG") for picture in previews)
+    assert (last == first) == interrupted
+    assert panel.progress.value == "" and panel.image.width == "256"
 
 
 def test_dice(panel):

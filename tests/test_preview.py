@@ -185,7 +185,7 @@ def test_watching_costs_little(sd15, monkeypatch, cost):
         shows.append(clock.now)
 
     monkeypatch.setattr(meter, "_picture", picture)
-    monkeypatch.setattr(meter._display.__class__, "show", lambda *_, **__: None)
+    monkeypatch.setattr(preview._Display, "__call__", lambda *_: None)
     for step in range(1, 101):
         clock.now += 1.0
         meter(step, 100, None)
