@@ -53,7 +53,7 @@ train: $(STAMP)
 
 evaluate: $(STAMP)
 	$(BIN)/python -m storybook.evaluate models/storybook-sd --guidance 2
-	$(BIN)/python -m storybook.evaluate models/storybook-sd3 --guidance 3 --count 100
+	$(BIN)/python -m storybook.evaluate models/storybook-sd3 --guidance 3
 
 badges:
 	@$(PYTHON) -m tools.badges "$(REPO)"

@@ -1,4 +1,4 @@
-"""A prompt panel under a cell: type, press Generate, watch, look. Thin over `generate`; for ipywidgets 7 and 8 alike."""
+"""A prompt panel below a cell: type, press Generate, watch, look. Thin over `generate`; for ipywidgets 7 and 8."""
 
 import html
 import random

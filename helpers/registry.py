@@ -90,7 +90,7 @@ MODELS = {
             guidance=3.0,
             examples=(
                 "a red boat by the sea",
-                "a small yellow star under a starry night sky",
+                "a small red fish under a starry night sky",
                 "a blue house in the snow",
             ),
         ),

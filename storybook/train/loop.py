@@ -132,6 +132,7 @@ def train(
         [p for p in objective.parameters() if p.requires_grad],
         lr=schedule.learning_rate,
         weight_decay=schedule.weight_decay,
+        fused=True,
     )
     model, optimizer = accelerator.prepare(objective, optimizer)
     progress = _Progress()
