@@ -90,7 +90,7 @@ MODELS = {
             guidance=3.0,
             examples=(
                 "a red boat by the sea",
-                "a small red fish under a starry night sky",
+                "a purple mushroom in a meadow",
                 "a blue house in the snow",
             ),
         ),
