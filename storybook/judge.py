@@ -82,12 +82,15 @@ def to_input(image: Image.Image) -> np.ndarray:
 
 
 @torch.inference_mode()
-def look(images: list[Image.Image]) -> list[Scene]:
-    """What each picture shows. Sizes are not judged; relations come out as "left of" or "above"."""
-    seen = []
+def look(images: list[Image.Image], network: Judge | None = None) -> list[Scene]:
+    """What each picture shows, as the bundled judge or another network of its kind sees it.
+
+    Sizes are not judged; relations come out as "left of" or "above".
+    """
+    network, seen = network or _network(), []
     for start in range(0, len(images), 256):
         pixels = torch.from_numpy(np.stack([to_input(image) for image in images[start : start + 256]]))
-        logits = _network()(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        logits = network(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
         best = {name: values.argmax(1).tolist() for name, values in logits.items()}
         for index in range(len(pixels)):
             arrangement = ARRANGEMENTS[best["arrangement"][index]]
@@ -134,9 +137,10 @@ def compare(seen: Scene, asked: Scene) -> dict:
     return row
 
 
-def judge(images: list[Image.Image], captions: list[str]) -> list[dict]:
+def judge(images: list[Image.Image], captions: list[str], network: Judge | None = None) -> list[dict]:
     """One row a picture: caption, seen (a Scene), object, colour, setting, position, all.
 
+    `network` takes the place of the bundled judge.
     Raises ValueError when the two lists differ in length or a caption is not of this world.
     """
     if len(images) != len(captions):
@@ -146,7 +150,7 @@ def judge(images: list[Image.Image], captions: list[str]) -> list[dict]:
     asked = [parse(caption) for caption in captions]
     return [
         {"caption": caption, "seen": seen, **compare(seen, scene)}
-        for caption, scene, seen in zip(captions, asked, look(images), strict=True)
+        for caption, scene, seen in zip(captions, asked, look(images, network), strict=True)
     ]
 
 

@@ -1,10 +1,15 @@
 """Train storybook-clip: pictures and captions that belong together get similar embeddings.
 
-Radford et al., 2021. The text half then conditions the pipelines, as in Stable Diffusion.
+Radford et al., 2021. The text half then conditions the pipelines, as in Stable Diffusion. Each picture
+must also tell its caption from two near misses of it, with places or colours exchanged (NegCLIP,
+Yuksekgonul et al., 2022): without them hardly any batch asks where things stand, and the text half
+does not learn to say it.
 """
 
 import argparse
 import json
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +20,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 from storybook import world
 from storybook.train import data
 from storybook.train.loop import Schedule, keep_log, train
+from storybook.world import COLOURS, KINDS, POSITIONS, RELATIONS, Scene
 
 MAX_TOKENS = 32  # the longest caption takes 23; SD1.5 has 77
 OUT = Path("models/storybook-clip")
@@ -67,19 +73,51 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
+def misplaced(scene: Scene, rng: random.Random) -> Scene:
+    """The scene with its things at other places, where places are said; else `recoloured`."""
+    if scene.relation:
+        return replace(scene, relation=rng.choice([r for r in RELATIONS if r != scene.relation]))
+    first = scene.things[0]
+    if first.position:
+        moved = replace(first, position=rng.choice([p for p in POSITIONS if p != first.position]))
+        return replace(scene, things=(moved,))
+    return recoloured(scene, rng)
+
+
+def recoloured(scene: Scene, rng: random.Random) -> Scene:
+    """The scene with the colours of its two things exchanged, or with another colour or kind on one thing."""
+    things = scene.things
+    if len(things) == 2 and things[0].colour != things[1].colour:
+        swapped = (replace(things[0], colour=things[1].colour), replace(things[1], colour=things[0].colour))
+        return replace(scene, things=swapped)
+    which = rng.randrange(len(things))
+    thing = things[which]
+    if thing.colour and rng.random() < 0.5:
+        thing = replace(thing, colour=rng.choice([colour for colour in COLOURS if colour != thing.colour]))
+    else:
+        thing = replace(thing, kind=rng.choice([kind for kind in KINDS if kind != thing.kind]))
+    return replace(scene, things=(*things[:which], thing, *things[which + 1 :]))
+
+
 class ClipObjective(nn.Module):
-    """Within a batch, each picture must find its caption and each caption its picture."""
+    """Within a batch, each picture must find its caption, near misses among them, and each caption its picture."""
 
     def __init__(self, clip: CLIPModel):
         super().__init__()
         self.clip = clip
 
     def forward(self, images, token_ids):
-        """images (B, 3, H, W) normalised as the image processor does it; token_ids (B, T)."""
-        logits = self.clip(input_ids=token_ids, pixel_values=images).logits_per_text.float()
-        target = torch.arange(len(logits), device=logits.device)
-        loss = (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
-        return {"loss": loss, "matched": (logits.argmax(1) == target).float().mean()}
+        """images (B, 3, H, W) in [-1, 1]; token_ids (3 B, T): B captions, B misplaced and B recoloured ones."""
+        logits = self.clip(input_ids=token_ids, pixel_values=images).logits_per_image.float()  # (B, 3 B)
+        count = len(images)
+        own = torch.arange(count, device=logits.device)
+        # of the near misses each picture meets only its own two: those of others are easy
+        near = torch.stack([logits[own, own + count], logits[own, own + 2 * count]], 1)
+        to_texts = torch.cat([logits[:, :count], near], 1)
+        to_images = logits[:, :count].T
+        loss = (nn.functional.cross_entropy(to_texts, own) + nn.functional.cross_entropy(to_images, own)) / 2
+        told = (logits[own, own, None] > near).all(1).float().mean()
+        return {"loss": loss, "matched": (to_images.argmax(1) == own).float().mean(), "told_from_misses": told}
 
 
 def main(argv=None) -> None:
@@ -87,10 +125,10 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--name", default="clip")
-    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--pictures", type=int, default=60_000)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=192)
     args = parser.parse_args(argv)
     torch.manual_seed(0)
@@ -100,7 +138,11 @@ def main(argv=None) -> None:
     scenes = data.scenes("train", args.pictures)
 
     def make_batch(indices, generator):
-        texts = data.captions([scenes[i] for i in indices], int(torch.randint(2**31, (), generator=generator)))
+        seed = int(torch.randint(2**31, (), generator=generator))
+        shown, rng = [scenes[i] for i in indices], random.Random(seed)
+        # the same seed: a near miss has the wording of its caption
+        texts = data.captions(shown, seed) + data.captions([misplaced(scene, rng) for scene in shown], seed)
+        texts += data.captions([recoloured(scene, rng) for scene in shown], seed)
         return data.to_tensor(images[indices.numpy()]), tokenize(tokenizer, texts)
 
     schedule = Schedule(args.steps, args.batch_size, 1e-3, weight_decay=0.05)

@@ -36,8 +36,15 @@ def draw(job: tuple[str, int, int]) -> np.ndarray:
 
 
 def pictures(split: str, count: int, size: int, draw=draw, cache: Path = CACHE) -> np.ndarray:
-    """`count` pictures as uint8 (count, size, size, channels), memory-mapped from a file made on first use."""
+    """`count` pictures as uint8 (count, size, size, channels), memory-mapped from a file made on first use.
+
+    A file that holds more pictures of the split serves too: they are numbered.
+    """
     path = cache / f"{split}-{count}-{size}.npy"
+    for file in cache.glob(f"{split}-*-{size}.npy"):
+        held = file.stem.removeprefix(f"{split}-").removesuffix(f"-{size}")
+        if held.isdecimal() and int(held) >= count:
+            path = file
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")
@@ -50,7 +57,7 @@ def pictures(split: str, count: int, size: int, draw=draw, cache: Path = CACHE) 
                 array[index] = picture
         array.flush()
         partial.rename(path)  # a killed run leaves no half-written file under the final name
-    return np.load(path, mmap_mode="r")
+    return np.load(path, mmap_mode="r")[:count]
 
 
 def scenes(split: str, count: int) -> list[Scene]:

@@ -80,24 +80,29 @@ def fresh_table(count: int = 2000) -> list[dict]:
     return judge([render(scene, rng) for scene, rng in drawn], [caption(scene) for scene, _ in drawn])
 
 
-def main(argv=None) -> None:
-    """Train and write models/storybook-judge."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, default=WEIGHTS)
-    parser.add_argument("--pictures", type=int, default=60_000)
-    parser.add_argument("--steps", type=int, default=1800)
-    parser.add_argument("--batch-size", type=int, default=128)
-    args = parser.parse_args(argv)
-    torch.manual_seed(0)
-    images = data.pictures("judge", args.pictures, SIDE, draw)
-    targets = torch.tensor([labels(judged_scene(index)[0]) for index in range(args.pictures)])
+def fit(name: str, pictures: int, steps: int, batch_size: int = 128, seed: int = 0) -> tuple[Judge, Path]:
+    """A judge trained on the renders of the split `name`, and the folder of its run."""
+    torch.manual_seed(seed)
+    images = data.pictures(name, pictures, SIDE, draw)
+    targets = torch.tensor([labels(judged_scene(index, name)[0]) for index in range(pictures)])
     network = Judge().to(memory_format=torch.channels_last)
 
     def make_batch(indices, generator):
         return roughen(data.to_tensor(images[indices.numpy()]), generator), targets[indices]
 
-    schedule = Schedule(args.steps, args.batch_size, 2e-3, weight_decay=0.02)
-    run = train("judge", JudgeObjective(network), network, make_batch, args.pictures, schedule)
+    schedule = Schedule(steps, batch_size, 2e-3, weight_decay=0.02, seed=seed)
+    return network, train(name, JudgeObjective(network), network, make_batch, pictures, schedule)
+
+
+def main(argv=None) -> None:
+    """Train and write models/storybook-judge."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    parser.add_argument("--pictures", type=int, default=60_000)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--batch-size", type=int, default=128)
+    args = parser.parse_args(argv)
+    network, run = fit("judge", args.pictures, args.steps, args.batch_size)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     state = {
         name: tensor.half().contiguous() if tensor.is_floating_point() else tensor

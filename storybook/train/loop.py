@@ -56,6 +56,13 @@ def make_accelerator() -> Accelerator:
     return Accelerator(mixed_precision=precision(), cpu=not torch.cuda.is_available())
 
 
+def choose_attention_kernel() -> None:
+    """On a CPU, attention as plain matrix products: the fused kernel's backward pass takes three times as long."""
+    if not torch.cuda.is_available():
+        torch.backends.cuda.enable_flash_sdp(False)  # the switch for CPUs too, whatever its name
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+
+
 class _Progress:
     """The step counter, saved in each checkpoint."""
 
@@ -208,6 +215,8 @@ def _append(path: Path, row: dict) -> None:
 
 
 def keep_log(run: Path, folder: Path, every: int = 10) -> None:
-    """Put every tenth line of a run's log beside the weights it made."""
+    """Put every tenth line of a run's log beside the weights it made, and what the judge said on the way."""
     header, *rows = (run / "log.csv").read_text().splitlines()
     (folder / "training_log.csv").write_text("\n".join([header, *rows[::every]]) + "\n")
+    if (run / "progress.csv").exists():
+        shutil.copy(run / "progress.csv", folder)

@@ -23,7 +23,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T
 from storybook import world
 from storybook.evaluate import glance
 from storybook.train import clip, data
-from storybook.train.loop import RUNS, Schedule, keep_log, make_accelerator, train
+from storybook.train.loop import RUNS, Schedule, choose_attention_kernel, keep_log, make_accelerator, train
 from storybook.train.sd import cached_latents
 
 OUT = Path("models/storybook-sd3")
@@ -103,13 +103,6 @@ def logit_normal(count: int, generator: torch.Generator) -> torch.Tensor:
     return torch.sigmoid(torch.special.ndtri(slices.clamp(1e-4, 1 - 1e-4)))
 
 
-def choose_attention_kernel() -> None:
-    """On a CPU, attention as plain matrix products: the fused kernel's backward pass takes three times as long."""
-    if not torch.cuda.is_available():
-        torch.backends.cuda.enable_flash_sdp(False)  # the switch for CPUs too, whatever its name
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-
-
 def assemble(transformer, clips, t5, vae, tokenizer, t5_tokenizer) -> StableDiffusion3Pipeline:
     """The stock pipeline; both CLIPs share a tokenizer."""
     return StableDiffusion3Pipeline(
@@ -138,7 +131,7 @@ def main(argv=None) -> None:
     """Train and write models/storybook-sd3 (needs its vae folder, models/storybook-clip and a second CLIP)."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--pictures", type=int, default=60_000)
+    parser.add_argument("--pictures", type=int, default=30_000)
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
@@ -178,7 +171,7 @@ def main(argv=None) -> None:
         return assemble(transformer, clips, t5, vae, tokenizer, t5_tokenizer)
 
     def sample(step):
-        glance(pipeline(), 3.0, RUNS / "sd3" / f"samples-{step:06d}.png")
+        glance(pipeline(), RUNS / "sd3" / f"samples-{step:06d}.png")
 
     schedule = Schedule(args.steps, args.batch_size, args.learning_rate, warmup=200, ema_decay=0.9995, save_every=500)
     objective = FlowMatching(transformer, clips, t5)
