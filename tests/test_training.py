@@ -2,6 +2,7 @@
 
 import csv
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,9 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from storybook import evaluate
 from storybook.train import data, sd, sd3
 from storybook.train.__main__ import train_all
 from storybook.train.loop import Schedule, learning_rate
+from storybook.train.vae import fine_detail
+from storybook.world import parse, render
 
 ROOT = Path(__file__).parent.parent
 TOY = str(ROOT / "tests/toy_training.py")
@@ -68,9 +72,27 @@ def test_learning_rate_warms_up_and_decays():
     assert learning_rate(schedule, 100) == pytest.approx(0.02)
 
 
-def test_timesteps_cover_all_slices():
-    timesteps = sd.stratified_timesteps(10, torch.Generator().manual_seed(0))
-    assert [int(t) // 100 for t in timesteps] == list(range(10))
+def test_timesteps_come_as_often_as_min_snr_weighs_them():
+    """One from each slice of equal probability; the noisy ones, where SNR < 5, equally often, clean ones seldom."""
+    drawn = torch.cat([sd.draw_timesteps(100, torch.Generator().manual_seed(seed)) for seed in range(500)])
+    counts = drawn.bincount(minlength=1000).float()
+    assert drawn.min() >= 0 and drawn.max() <= 999
+    assert counts[400:].std() / counts[400:].mean() < 0.2
+    assert counts[:50].mean() / counts[400:].mean() == pytest.approx(sd.LEAST_SHARE, rel=0.2)
+    assert (drawn[:100].diff() >= 0).all()
+
+
+def test_glance_notes_what_the_judge_reads(tmp_path, monkeypatch):
+    """Renders in place of drawn pictures are right, and progress.csv says so."""
+    monkeypatch.setattr(evaluate, "draw", lambda pipe, prompts, guidance: [
+        render(parse(prompt), random.Random(k)) for k, prompt in enumerate(prompts)
+    ])  # fmt: skip
+    pipeline = type("StableDiffusionPipeline", (), {"set_progress_bar_config": lambda self, **settings: None})()
+    evaluate.glance(pipeline, tmp_path / "samples-000250.png")
+    header, row = (tmp_path / "progress.csv").read_text().splitlines()
+    assert header == "step,single_things,pairs"
+    step, one, two = row.split(",")
+    assert step == "250" and float(one) >= 0.9 and float(two) >= 0.9
 
 
 def test_sigmas_are_logit_normal():
@@ -89,6 +111,8 @@ def test_every_stage_runs_and_writes_a_folder_that_stock_diffusers_draws_from(tm
     monkeypatch.chdir(tmp_path)
     few = ["--pictures", "32", "--steps", "2", "--batch-size", "4"]
     monkeypatch.setattr("storybook.train.judge.WEIGHTS", tmp_path / "models/judge.safetensors")
+    for stage in ("sd", "sd3"):  # 64 pictures each, from models that have learned nothing
+        monkeypatch.setattr(f"storybook.train.{stage}.glance", lambda pipeline, path: None)
     train_all(["--size", "64"], few)
     from diffusers import DiffusionPipeline
 
@@ -98,6 +122,22 @@ def test_every_stage_runs_and_writes_a_folder_that_stock_diffusers_draws_from(tm
         parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
         assert {part.dtype for part in parts} == {torch.float32}
     assert not list(Path("outputs").rglob("*.partial*"))
+
+
+def test_fine_detail_is_all_there_is_in_noise_and_nothing_in_a_slope():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(4, 3, 64, 64, generator=generator)
+    wave = torch.sin(torch.arange(64) * 2 * torch.pi * 2 / 64).expand(4, 3, 64, 64)  # two whole waves
+    assert fine_detail(noise).mean() == pytest.approx(0.75**0.5, abs=0.01)  # three quarters of all frequencies
+    assert fine_detail(wave).max() < 1e-3
+    assert fine_detail(torch.nn.functional.avg_pool2d(noise, 3, 1, 1)).max() < 0.6
+
+
+def test_a_longer_file_of_pictures_serves_for_a_shorter_one(tmp_path):
+    data.pictures("train", 8, 32, cache=tmp_path)
+    data.pictures("train-more", 4, 32, cache=tmp_path)
+    assert len(data.pictures("train", 3, 32, cache=tmp_path)) == 3
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["train-8-32.npy", "train-more-4-32.npy"]
 
 
 def test_the_training_pictures_are_rebuilt_from_their_numbers(tmp_path):

@@ -8,13 +8,12 @@ from storybook.train import clip, judge, sd, sd3, vae
 def main() -> None:
     """The stages in order; each resumes where it was interrupted."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--size", type=int, default=64, help="pixels: 64 fits an evening on a CPU, 128 wants a GPU")
-    args = parser.parse_args()
-    train_all(["--size", str(args.size)], [])
+    parser.parse_args()
+    train_all([], [])
 
 
 def train_all(size: list[str], more: list[str]) -> None:
-    """Every stage; `more` are further arguments that each of them takes, e.g. for a short run."""
+    """Every stage; `size` and `more` are further arguments that stages take, e.g. for a short run."""
     judge.main(more)
     vae.main([*size, *more])
     clip.main([*size, *more])
