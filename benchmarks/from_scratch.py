@@ -1,9 +1,12 @@
-"""How fast from_scratch is, and how much memory it takes, next to diffusers: `python -m benchmarks.from_scratch`.
+"""How fast from_scratch is, plain and fast, and how much memory it takes, next to diffusers:
 
-Stable Diffusion 1.5 at full size with random weights. The two draw in turn, A B A B, in one process, so that whatever
-else the machine does slows both; a ratio is the median of the pairs' ratios, below 1 where from_scratch takes less.
-Loading time and peak memory are each measured in a process of its own. Prints Markdown. On two cores this takes
-half an hour to an hour and 12 GB of memory; --quick, at a hundredth of the size, shows only that it works.
+    python -m benchmarks.from_scratch
+
+Stable Diffusion 1.5 at full size with random weights. The three draw in turn, A B C A B C, in one process, so that
+whatever else the machine does slows all; a ratio is the median of the rounds' ratios to diffusers, below 1 where
+from_scratch takes less. Loading time and peak memory are each measured in a process of its own. Prints Markdown. On two
+cores this takes about an hour and 16 GB of memory; --cuda measures the GPU alone, in minutes; --quick, at a hundredth
+of the size, shows only that it works.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +29,7 @@ sys.path[0] = str(ROOT)  # started as a script, this file would hide the package
 import torch  # noqa: E402
 
 PROMPT = "a red boat by the sea"
-SIDES = ("from_scratch", "diffusers")
+SIDES = ("plain", "fast", "diffusers")  # the first two are from_scratch
 
 
 def seconds(work: Callable) -> float:
@@ -37,15 +41,22 @@ def seconds(work: Callable) -> float:
     return time.perf_counter() - start
 
 
-def in_turn(ours: Callable, theirs: Callable, repeats: int) -> tuple[float, float, float]:
-    """Median seconds of both, and the median ratio. The caller has warmed them up."""
-    pairs = [(seconds(ours), seconds(theirs)) for _ in range(repeats)]
-    return (*map(statistics.median, zip(*pairs, strict=True)), statistics.median(a / b for a, b in pairs))
+def in_turn(work: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every side in every round. The caller has warmed them up."""
+    found = {side: [] for side in work}
+    for _ in range(repeats):
+        for side, function in work.items():
+            found[side].append(seconds(function))
+    return found
 
 
-def row(name: str, ours: float, theirs: float, ratio: float | None = None, unit: str = "s") -> None:
-    ratio = ours / theirs if ratio is None else ratio
-    print(f"| {name} | {ours:.3g} {unit} | {theirs:.3g} {unit} | {ratio:.2f} |", flush=True)
+def row(name: str, found: dict[str, list[float]], unit: str = "s") -> None:
+    """The medians of all sides, and of the ratios to diffusers; a side that was not measured is left out."""
+    cells = [f"{statistics.median(found[side]):.3g} {unit}" if side in found else "" for side in SIDES]
+    for side in SIDES[:-1]:
+        ratios = [a / b for a, b in zip(found.get(side, []), found["diffusers"], strict=False)]
+        cells.append(f"{statistics.median(ratios):.2f}" if ratios else "")
+    print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def rates(quick: bool) -> dict[str, float]:
@@ -80,8 +91,9 @@ def forwards(folder: Path, device: str, dtype: torch.dtype, quick: bool, repeats
 
     from from_scratch import load
 
-    mine = load(folder, dtype=dtype, device=device).unet
     theirs = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype).to(device).eval()
+    unets = {side: load(folder, dtype=dtype, device=device, fast=side == "fast").unet for side in sides(device)[:-1]}
+    unets["diffusers"] = theirs
     width, unit = theirs.config.cross_attention_dim, 1 if quick else 8
     kind = str(dtype).removeprefix("torch.")
 
@@ -89,11 +101,12 @@ def forwards(folder: Path, device: str, dtype: torch.dtype, quick: bool, repeats
         side = size // 8 // 8 * unit
         x = torch.randn(2 * pictures, 4, side, side, device=device, dtype=dtype)
         context = torch.randn(2 * pictures, 77, width, device=device, dtype=dtype)
+        work = {name: partial(unet, x, 500, context) for name, unet in unets.items()}
         with torch.no_grad():
             if pictures * size <= 512:  # longer calls notice no first time
-                mine(x, 500, context), theirs(x, 500, context)
-            found = in_turn(lambda: mine(x, 500, context), lambda: theirs(x, 500, context), repeats)
-        row(f"UNet, {kind}, {size}x{size}, pictures: {pictures}", *found)
+                in_turn(work, 1)
+            found = in_turn(work, repeats)
+        row(f"UNet, {kind}, {size}x{size}, pictures: {pictures}", found)
 
     for size in (512, 256, 384, 768):
         compare(1, size)
@@ -104,35 +117,35 @@ def forwards(folder: Path, device: str, dtype: torch.dtype, quick: bool, repeats
         work, speed = operations(theirs, x, context), rates(quick)
         floors = ", ".join(f"{work / rate:.3g} s at the rate of a {name}" for name, rate in speed.items())
         note = f"the least time for the first row's {work:,.3g} billion operations: {floors}"
-        print(f"| {note} | | | |", flush=True)
+        print(f"| {note} | | | | | |", flush=True)
 
 
-def drawers(folder: Path, device: str, dtype: torch.dtype, sides: tuple[str, ...]) -> dict[str, Callable]:
-    """For each side a function that draws a picture with DDIM in so many steps."""
-    made = {}
-    if "from_scratch" in sides:
+def sides(device: str) -> tuple[str, ...]:
+    """Which of SIDES there are: the fast form is for the CPU alone."""
+    return SIDES if device == "cpu" else tuple(side for side in SIDES if side != "fast")
+
+
+def drawer(folder: Path, device: str, dtype: torch.dtype, side: str) -> Callable:
+    """A function that draws a picture with DDIM in so many steps."""
+    if side != "diffusers":
         from from_scratch import load
 
-        sd = load(folder, dtype=dtype, device=device)
-        made["from_scratch"] = lambda steps: sd.generate(PROMPT, steps=steps, seed=0, sampler="ddim")
-    if "diffusers" in sides:
-        from diffusers import StableDiffusionPipeline
+        sd = load(folder, dtype=dtype, device=device, fast=side == "fast")
+        return lambda steps: sd.generate(PROMPT, steps=steps, seed=0, sampler="ddim")
+    from diffusers import StableDiffusionPipeline
 
-        pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
-        pipe.set_progress_bar_config(disable=True)
-        made["diffusers"] = lambda steps: pipe(
-            PROMPT, num_inference_steps=steps, generator=torch.Generator().manual_seed(0)
-        )
-    return made
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return lambda steps: pipe(PROMPT, num_inference_steps=steps, generator=torch.Generator().manual_seed(0))
 
 
 def child(task: str, side: str, folder: Path) -> None:
     """In a process of its own: load, perhaps draw two steps; print seconds of loading and peak memory in GiB."""
-    if side == "from_scratch":
+    if side != "diffusers":
         import from_scratch
 
         def read():
-            return from_scratch.load(folder)
+            return from_scratch.load(folder, fast=side == "fast")
     else:
         from diffusers import StableDiffusionPipeline
 
@@ -149,13 +162,13 @@ def child(task: str, side: str, folder: Path) -> None:
         taken = seconds(load)
     else:
         taken = 0.0
-        drawers(folder, "cpu", torch.float32, (side,))[side](2)
+        drawer(folder, "cpu", torch.float32, side)(2)
     unit = 2**30 if platform.system() == "Darwin" else 2**20
     print(json.dumps([taken, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit]))
 
 
 def in_children(task: str, folder: Path, repeats: int) -> dict[str, list[list[float]]]:
-    """[seconds, peak GiB] of every run, for both sides, in turn."""
+    """[seconds, peak GiB] of every run, for all sides, in turn."""
     found = {side: [] for side in SIDES}
     for _ in range(repeats):
         for side in SIDES:
@@ -185,12 +198,15 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a hundredth of the size")
-    parser.add_argument("--repeats", type=int, default=3, help="pairs of each measurement")
+    parser.add_argument("--cuda", action="store_true", help="on the GPU alone")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of each measurement")
     parser.add_argument("--folder", type=Path, help="where the random model is kept from run to run (2.1 GB)")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         return child(*options.child, options.folder)
+    if options.cuda and not torch.cuda.is_available():
+        sys.exit("There is no GPU that PyTorch can use here: run this without --cuda, or on a machine with CUDA.")
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
@@ -198,28 +214,29 @@ def main() -> None:
             from benchmarks.models import save
 
             save(folder, options.quick)
-        measure(folder, options.quick, options.repeats)
+        measure(folder, options.quick, options.cuda, options.repeats)
 
 
-def measure(folder: Path, quick: bool, repeats: int) -> None:
-    """All measurements, as a Markdown table."""
+def measure(folder: Path, quick: bool, cuda: bool, repeats: int) -> None:
+    """All measurements, as a Markdown table; `cuda`: those of the GPU alone."""
     size = "512x512" if not quick else "quick"
-    print(machine() + "\n\n| | from_scratch | diffusers | ratio |\n|---|---|---|---|", flush=True)
-    loading = in_children("load", folder, repeats)
-    for name, column, unit in (("loading, float16 on disk, float32 in memory", 0, "s"), ("its peak memory", 1, "GiB")):
-        row(name, *(statistics.median(run[column] for run in loading[side]) for side in SIDES), unit=unit)
-    picture = in_children("picture", folder, 1)
-    row(f"peak memory of a picture, {size}", *(picture[side][0][1] for side in SIDES), unit="GiB")
-    kinds = [("cpu", torch.float32)]
+    print(f"{machine()}\n\n| | {' | '.join(SIDES)} | plain / diffusers | fast / diffusers |\n|{'---|' * 6}", flush=True)
+    if not cuda:
+        loading, picture = in_children("load", folder, repeats), in_children("picture", folder, 1)
+        row("loading, float16 on disk, float32 in memory", {side: [run[0] for run in loading[side]] for side in SIDES})
+        row("its peak memory", {side: [run[1] for run in loading[side]] for side in SIDES}, "GiB")
+        row(f"peak memory of a picture, {size}", {side: [picture[side][0][1]] for side in SIDES}, "GiB")
+    kinds = [] if cuda else [("cpu", torch.float32)]
     if torch.cuda.is_available():
         kinds += [("cuda", torch.float32), ("cuda", torch.float16), ("cuda", torch.bfloat16)]
     for device, dtype in kinds:
         forwards(folder, device, dtype, quick, repeats)
-        steps, draw = 2 if quick else 20, drawers(folder, device, dtype, SIDES)
-        draw["from_scratch"](1), draw["diffusers"](1)
-        pairs = repeats if quick or device != "cpu" else 1  # each takes minutes
-        found = in_turn(lambda: draw["from_scratch"](steps), lambda: draw["diffusers"](steps), pairs)  # noqa: B023
-        row(f"picture, {device}, {str(dtype).removeprefix('torch.')}, {size}, {steps} steps", *found)
+        steps = 2 if quick else 20
+        draw = {side: drawer(folder, device, dtype, side) for side in sides(device)}
+        in_turn({side: partial(function, 1) for side, function in draw.items()}, 1)
+        rounds = repeats if quick or device != "cpu" else 1  # each takes minutes
+        found = in_turn({side: partial(function, steps) for side, function in draw.items()}, rounds)
+        row(f"picture, {device}, {str(dtype).removeprefix('torch.')}, {size}, {steps} steps", found)
 
 
 if __name__ == "__main__":

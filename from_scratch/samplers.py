@@ -1,11 +1,11 @@
 """Four ways from noise to latents, each equal to its namesake in diffusers under Stable Diffusion 1.5's settings.
 
-With ε the predicted noise, noised latents at time t are  x_t = √ᾱ_t x₀ + √(1 - ᾱ_t) ε  (Ho et al. 2020, eq. 4);
-divided by √ᾱ_t they are  x₀ + σ_t ε  with  σ_t = √((1 - ᾱ_t) / ᾱ_t)  (Karras et al. 2022), which Euler works in.
-Latents have any shape. The coefficients are float32 scalars on the CPU, so that one bit more or less does not matter.
+With ε the predicted noise, noised latents at time t are  x_t = √ᾱ_t x₀ + √(1 - ᾱ_t) ε  (Ho et al. 2020, eq. 4); divided
+by √ᾱ_t they are  x₀ + σ_t ε  with  σ_t = √((1 - ᾱ_t) / ᾱ_t)  (Karras et al. 2022). Latents have any shape.
 """
 
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -20,37 +20,38 @@ def alphas_cumprod() -> Tensor:
 
 
 class Sampler:
-    """What the samplers share. `steps` is the number of calls of the model.
+    """What the samplers share. `timesteps` lists the times at which the model is called, from noisy to clean.
 
-    `timesteps` lists the times at which the model is called, from noisy to clean. Raises ValueError for a number of
-    steps that the 1000 trained times do not allow.
+    Every sampler also has `step(latents, eps, index, draw)`, which gives the latents after step `index`, whose
+    predicted noise is `eps`; `draw()` makes fresh noise of their shape. Steps are taken in order, as often as you like.
+    Raises ValueError for a number of steps that the 1000 trained times do not allow.
     """
 
     extra = 0  # how many steps more the times are spaced for
 
     def __init__(self, steps: int):
-        if not (isinstance(steps, int) and 1 <= steps < TRAIN_STEPS - self.extra):
+        if not (isinstance(steps, Integral) and 1 <= steps < TRAIN_STEPS - self.extra):
             raise ValueError(f"steps is {steps!r}: give a whole number from 1 to {TRAIN_STEPS - 1 - self.extra}.")
         # "Leading" spacing with an offset of 1: 50 steps are at 981, 961, ..., 1. The noisiest times are never visited.
-        spacing = TRAIN_STEPS // (steps + self.extra)
+        spacing = TRAIN_STEPS // (int(steps) + self.extra)
         self.timesteps = [spacing * n + 1 for n in reversed(range(self.extra, steps + self.extra))]
         self.alphas_cumprod = alphas_cumprod()
-        self.sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
 
     def alpha(self, index: int) -> Tensor:
-        """ᾱ at step `index`."""
-        return self.alphas_cumprod[self.timesteps[index]]
+        """ᾱ at step `index`; past the last one 1, which is clean."""
+        return self.alphas_cumprod[self.timesteps[index]] if index < len(self.timesteps) else torch.tensor(1.0)
+
+    def sigma(self, index: int) -> Tensor:
+        """σ at step `index`; past the last one 0."""
+        return ((1 - self.alpha(index)) / self.alpha(index)) ** 0.5
 
     def first(self, noise: Tensor) -> Tensor:
         """Standard normal noise -> the latents to start from."""
         return noise
 
     def add_noise(self, latents: Tensor, noise: Tensor, index: int) -> Tensor:
-        """Clean latents, noised as far as step `index` expects; past the last step, clean."""
-        if index >= len(self.timesteps):
-            return latents
-        a = self.alpha(index)
-        return a**0.5 * latents + (1 - a) ** 0.5 * noise
+        """Clean latents, noised as far as step `index` expects."""
+        return self.alpha(index) ** 0.5 * latents + (1 - self.alpha(index)) ** 0.5 * noise
 
     def model_input(self, latents: Tensor, index: int) -> Tensor:
         """The latents as the model expects them, with a variance of about 1."""
@@ -58,27 +59,19 @@ class Sampler:
 
     def predict_clean(self, latents: Tensor, eps: Tensor, index: int) -> Tensor:
         """x₀ = (x_t - √(1 - ᾱ_t) ε) / √ᾱ_t, the clean latents that the predicted noise implies."""
-        a = self.alpha(index)
-        return (latents - (1 - a) ** 0.5 * eps) / a**0.5
-
-    def step(self, latents: Tensor, eps: Tensor, index: int, draw: Callable[[], Tensor]) -> Tensor:
-        """The latents after step `index`, whose predicted noise is `eps`; `draw()` makes fresh noise of their shape."""
-        raise NotImplementedError
+        return (latents - (1 - self.alpha(index)) ** 0.5 * eps) / self.alpha(index) ** 0.5
 
 
 class DDPM(Sampler):
     """Ancestral sampling (Ho et al. 2020): a draw from the posterior q(x_s | x_t, x₀), s being the next time."""
 
     def step(self, latents: Tensor, eps: Tensor, index: int, draw: Callable[[], Tensor]) -> Tensor:
-        last = index == len(self.timesteps) - 1
-        a, a_next = self.alpha(index), torch.tensor(1.0) if last else self.alpha(index + 1)
+        a, a_next = self.alpha(index), self.alpha(index + 1)
         alpha, beta = a / a_next, 1 - a / a_next  # of the whole jump from s to t
         clean = self.predict_clean(latents, eps, index)
         # μ = √ᾱ_s β / (1 - ᾱ_t) x₀ + √α (1 - ᾱ_s) / (1 - ᾱ_t) x_t   (eq. 7)
         mean = a_next**0.5 * beta / (1 - a) * clean + alpha**0.5 * (1 - a_next) / (1 - a) * latents
-        if last:
-            return mean
-        # variance = (1 - ᾱ_s) / (1 - ᾱ_t) β
+        # variance = (1 - ᾱ_s) / (1 - ᾱ_t) β, which is 0 at the last step
         return mean + ((1 - a_next) / (1 - a) * beta) ** 0.5 * draw()
 
 
@@ -95,10 +88,6 @@ class DDIM(Sampler):
 
 class Euler(Sampler):
     """Euler's method on dx/dσ = ε (Karras et al. 2022). Its latents are x₀ + σ ε, which grow with σ."""
-
-    def sigma(self, index: int) -> Tensor:
-        """σ at step `index`; 0 past the last one."""
-        return self.sigmas[self.timesteps[index]] if index < len(self.timesteps) else torch.tensor(0.0)
 
     def first(self, noise: Tensor) -> Tensor:
         return noise * (self.sigma(0) ** 2 + 1) ** 0.5
@@ -117,24 +106,19 @@ class DPMpp2M(Sampler):
     """DPM-Solver++(2M) (Lu et al. 2022): x₀ is extrapolated from this step and the one before, in λ = -log σ."""
 
     extra = 1  # diffusers spaces its times for one step more and leaves out the last
-
-    def __init__(self, steps: int):
-        super().__init__(steps)
-        self.before = None  # the clean latents predicted one step ago
+    before = (None, None)  # the last step's index and the clean latents that it predicted
 
     def step(self, latents: Tensor, eps: Tensor, index: int, draw: Callable[[], Tensor]) -> Tensor:
-        steps = len(self.timesteps)
-        clean, before = self.predict_clean(latents, eps, index), self.before
-        self.before = clean
-        if index == steps - 1:
+        clean, (index_before, clean_before) = self.predict_clean(latents, eps, index), self.before
+        self.before = (index, clean)
+        if index == len(self.timesteps) - 1:
             return clean  # the last step goes all the way, to σ = 0
         a, a_next = self.alpha(index), self.alpha(index + 1)
-        sigma, sigma_next = self.sigmas[self.timesteps[index]], self.sigmas[self.timesteps[index + 1]]
-        h = torch.log(sigma) - torch.log(sigma_next)
-        if before is not None:
+        h = torch.log(self.sigma(index)) - torch.log(self.sigma(index + 1))
+        if index_before == index - 1:  # not at the first step, with which another picture may begin
             # D = x₀ + (h / 2h_before) (x₀ - x₀_before)   (algorithm 2)
-            h_before = torch.log(self.sigmas[self.timesteps[index - 1]]) - torch.log(sigma)
-            clean = clean + h / (2 * h_before) * (clean - before)
+            h_before = torch.log(self.sigma(index - 1)) - torch.log(self.sigma(index))
+            clean = clean + h / (2 * h_before) * (clean - clean_before)
         # x_s = √((1 - ᾱ_s) / (1 - ᾱ_t)) x_t - √ᾱ_s (e^-h - 1) D
         return ((1 - a_next) / (1 - a)) ** 0.5 * latents - a_next**0.5 * torch.expm1(-h) * clean
 
@@ -143,7 +127,7 @@ SAMPLERS = {"ddpm": DDPM, "ddim": DDIM, "euler": Euler, "dpm++2m": DPMpp2M}
 
 
 def make(name: str, steps: int) -> Sampler:
-    """A fresh sampler, good for one picture. Raises ValueError for a name or number of steps that there is not."""
-    if name not in SAMPLERS:
+    """A sampler for so many steps. Raises ValueError for a name or number of steps that there is not."""
+    if not isinstance(name, str) or name not in SAMPLERS:
         raise ValueError(f"There is no sampler {name!r}: choose one of {', '.join(SAMPLERS)}.")
     return SAMPLERS[name](steps)

@@ -3,13 +3,14 @@
 A folder holds it either as one tokenizer.json or, as Stable Diffusion 1.5 does, as vocab.json and merges.txt.
 """
 
-import json
 import warnings
 from pathlib import Path
 
 import tokenizers
 import torch
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, models, normalizers, pre_tokenizers
+
+from from_scratch.files import CheckpointError, read_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 # What counts as one word before it is broken into pieces: a contraction's end, letters, one digit, other signs.
@@ -18,54 +19,43 @@ WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p
 
 def byte_pair_encoding(folder: Path) -> tokenizers.Tokenizer:
     """CLIP's tokenizer from vocab.json and merges.txt: lower case, words, then pieces, the last one marked </w>."""
-    model = models.BPE.from_file(
-        str(folder / "vocab.json"),
-        str(folder / "merges.txt"),
-        unk_token=END,
-        continuing_subword_prefix="",
-        end_of_word_suffix="</w>",
-    )
+    files = (str(folder / name) for name in ("vocab.json", "merges.txt"))
+    model = models.BPE.from_file(*files, unk_token=END, continuing_subword_prefix="", end_of_word_suffix="</w>")
     made = tokenizers.Tokenizer(model)
-    made.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), "removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    made.decoder = decoders.ByteLevel()
+    one_space = normalizers.Replace(Regex(r"\s+"), " ")
+    made.normalizer = normalizers.Sequence([normalizers.NFC(), one_space, normalizers.Lowercase()])
+    words = pre_tokenizers.Split(Regex(WORDS), "removed", invert=True)
+    made.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     made.add_special_tokens([START, END])
     return made
-
-
-def padding_token(folder: Path) -> str:
-    """What fills the space after a prompt: the end token, unless the folder says otherwise."""
-    file = folder / "tokenizer_config.json"
-    token = json.loads(file.read_text("utf-8")).get("pad_token") if file.exists() else None
-    return (token["content"] if isinstance(token, dict) else token) or END
 
 
 class Tokenizer:
     """`encode` makes token ids of prompts, always `length` of them: 77 for Stable Diffusion 1.5.
 
-    Raises FileNotFoundError if `folder` holds no tokenizer.
+    Raises CheckpointError if `folder` holds no tokenizer, or one that is damaged.
     """
 
     def __init__(self, folder: str | Path, length: int):
         folder = Path(folder)
-        if (folder / "tokenizer.json").exists():
-            self.pieces = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            self.pieces.no_padding()
-            self.pieces.no_truncation()
-        elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            self.pieces = byte_pair_encoding(folder)
-        else:
-            raise FileNotFoundError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt.")
+        whole, parts = folder / "tokenizer.json", (folder / "vocab.json", folder / "merges.txt")
+        if not whole.exists() and not all(part.exists() for part in parts):
+            raise CheckpointError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt.")
+        try:
+            self.pieces = tokenizers.Tokenizer.from_file(str(whole)) if whole.exists() else byte_pair_encoding(folder)
+        except Exception as error:  # the library raises nothing narrower
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"The tokenizer in {folder} is damaged, fetch it again: {reason}.") from None
+        self.pieces.no_padding()
+        self.pieces.no_truncation()
         self.length = length
-        self.start, self.end = self.pieces.token_to_id(START), self.pieces.token_to_id(END)
-        self.pad = self.pieces.token_to_id(padding_token(folder))
+        settings = folder / "tokenizer_config.json"
+        pad = (read_json(settings).get("pad_token") if settings.exists() else None) or END
+        pad = pad.get("content") if isinstance(pad, dict) else pad
+        ids = [self.pieces.token_to_id(token) if isinstance(token, str) else None for token in (START, END, pad)]
+        if None in ids:
+            raise CheckpointError(f"The tokenizer in {folder} is not CLIP's: it lacks {START}, {END} or {pad!r}.")
+        self.start, self.end, self.pad = ids
 
     def tokens(self, text: str) -> list[str]:
         """The pieces that `text` falls into, without start, end and padding."""
@@ -73,10 +63,9 @@ class Tokenizer:
 
     def encode(self, texts: list[str]) -> torch.Tensor:
         """Prompts -> token ids, (B, length): start, the prompt, end, padding. Warns of what did not fit and was cut."""
-        rows = []
+        rows, room = [], self.length - 2
         for text in texts:
             encoding = self.pieces.encode(text, add_special_tokens=False)
-            room = self.length - 2
             if len(encoding.ids) > room:
                 cut = text[encoding.offsets[room][0] :].strip()
                 message = f"The prompt has {len(encoding.ids)} tokens, {room} fit; this was cut off its end: {cut!r}."

@@ -1,6 +1,6 @@
 """The autoencoder (Kingma & Welling 2013, Rombach et al. 2022): pictures to latents, an eighth of their size, and back.
 
-Shapes: B pictures, C channels, H x W pixels.
+Shapes: B pictures, C channels, H x W pixels. An nn.Sequential runs its parts in the order in which they are set.
 """
 
 from itertools import pairwise
@@ -8,25 +8,22 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from from_scratch.attention import attention
-from from_scratch.layers import Downsample, GroupNorm, Linear, ResidualBlock, Upsample, silu
+from from_scratch.attention import Attention
+from from_scratch.layers import Downsample, ResidualBlock, Upsample
 
 EPS = 1e-6  # of every group norm in here; the UNet's is 1e-5
 
 
-class PixelAttention(nn.Module):
+class PixelAttention(Attention):
     """Self-attention with one head over all pixels of the smallest feature map: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int, groups: int):
-        super().__init__()
-        self.group_norm = GroupNorm(groups, channels, EPS)
-        self.to_q, self.to_k, self.to_v, self.to_out = (Linear(channels, channels) for _ in range(4))
+        super().__init__(channels, channels, heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        height = x.shape[2]
         h = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, H·W, C)
-        h = self.to_out(attention(self.to_q(h), self.to_k(h), self.to_v(h), heads=1))
-        return h.unflatten(1, (height, -1)).permute(0, 3, 1, 2).add_(x)
+        return x + super().forward(h, h).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
 class MidBlock(nn.Module):
@@ -34,77 +31,53 @@ class MidBlock(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.resnets = nn.ModuleList([ResidualBlock(channels, channels, groups, EPS) for _ in range(2)])
+        self.resnets = nn.ModuleList(ResidualBlock(channels, channels, groups, EPS) for _ in range(2))
         self.attentions = nn.ModuleList([PixelAttention(channels, groups)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Level(nn.Module):
+class Level(nn.Sequential):
     """Residual blocks at one size, then perhaps a change of size: (B, C, H, W) -> (B, C', H', W')."""
 
     def __init__(self, channels: int, out_channels: int, layers: int, groups: int, resize: str | None):
         super().__init__()
         widths = [channels] + [out_channels] * layers
-        self.resnets = nn.ModuleList([ResidualBlock(a, b, groups, EPS) for a, b in pairwise(widths)])
-        self.downsample = Downsample(out_channels, padding=0) if resize == "down" else None
-        self.upsample = Upsample(out_channels) if resize == "up" else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        for resnet in self.resnets:
-            x = resnet(x)
-        resize = self.downsample or self.upsample
-        return resize(x) if resize else x
+        self.resnets = nn.Sequential(*(ResidualBlock(a, b, groups, EPS) for a, b in pairwise(widths)))
+        if resize == "down":
+            self.downsample = Downsample(out_channels, padding=0)
+        elif resize == "up":
+            self.upsample = Upsample(out_channels)
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Sequential):
     """Pictures (B, 3, H, W) in [-1, 1] -> mean and log variance of the latents, (B, 2 · latent channels, H/8, W/8)."""
 
     def __init__(self, widths: list[int], layers: int, latent_channels: int, groups: int):
         super().__init__()
-        last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            [
-                Level(widths[max(n - 1, 0)], w, layers, groups, "down" if n < last else None)
-                for n, w in enumerate(widths)
-            ]
-        )
+        sizes = zip([widths[0], *widths], widths, ["down"] * (len(widths) - 1) + [None], strict=False)
+        self.down_blocks = nn.Sequential(*(Level(a, b, layers, groups, resize) for a, b, resize in sizes))
         self.mid_block = MidBlock(widths[-1], groups)
-        self.conv_norm_out = GroupNorm(groups, widths[-1], EPS)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
+        self.silu = nn.SiLU()
         self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(silu(self.conv_norm_out(self.mid_block(x), overwrite=True)))
 
-
-class Decoder(nn.Module):
-    """Latents (B, latent channels, H/8, W/8) -> pictures (B, 3, H, W), about in [-1, 1]."""
+class Decoder(nn.Sequential):
+    """Latents (B, latent channels, H/8, W/8) -> pictures (B, 3, H, W), about in [-1, 1]; `widths` as the encoder's."""
 
     def __init__(self, widths: list[int], layers: int, latent_channels: int, groups: int):
         super().__init__()
         widths = widths[::-1]
-        last = len(widths) - 1
         self.conv_in = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
-        self.up_blocks = nn.ModuleList(
-            [
-                Level(widths[max(n - 1, 0)], w, layers + 1, groups, "up" if n < last else None)
-                for n, w in enumerate(widths)
-            ]
-        )
-        self.conv_norm_out = GroupNorm(groups, widths[-1], EPS)
+        sizes = zip([widths[0], *widths], widths, ["up"] * (len(widths) - 1) + [None], strict=False)
+        self.up_blocks = nn.Sequential(*(Level(a, b, layers + 1, groups, resize) for a, b, resize in sizes))
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
+        self.silu = nn.SiLU()
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(x))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(silu(self.conv_norm_out(x, overwrite=True)))
 
 
 class VAE(nn.Module):
@@ -115,9 +88,8 @@ class VAE(nn.Module):
 
     def __init__(self, widths: list[int], layers: int, latent_channels: int, groups: int, scaling_factor: float):
         super().__init__()
-        self.scaling_factor = scaling_factor
+        self.scaling_factor, self.latent_channels = scaling_factor, latent_channels
         self.factor = 2 ** (len(widths) - 1)  # pixels a latent, in each direction
-        self.latent_channels = latent_channels
         self.encoder = Encoder(widths, layers, latent_channels, groups)
         self.decoder = Decoder(widths, layers, latent_channels, groups)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
@@ -129,10 +101,7 @@ class VAE(nn.Module):
         return mean, torch.exp(0.5 * log_variance.clamp(-30, 20))
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> latents s (μ + σ noise); without noise, the most likely ones, s μ.
-
-        H and W are multiples of `factor`; the latents are (B, latent channels, H / factor, W / factor).
-        """
+        """Pictures (B, 3, H, W) in [-1, 1] -> latents s (μ + σ noise); without noise, the most likely ones, s μ."""
         mean, deviation = self.distribution(images)
         return self.scaling_factor * (mean if noise is None else mean + deviation * noise)
 

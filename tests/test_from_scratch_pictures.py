@@ -206,16 +206,16 @@ def test_pictures_of_any_mode(sd, boat):
     options = {"prompt": "a boat", "steps": 2, "strength": 0.5, "seed": 0}
     clear = boat.convert("RGBA")
     clear.putalpha(Image.new("L", boat.size, 0))
-    with pytest.warns(UserWarning, match="The image is RGBA: its transparent parts are put on white"):
+    with pytest.warns(UserWarning, match="The image is 56x40, RGBA: it is made 56x40, RGB, transparent parts in white"):
         assert (
             sd.generate(image=clear, **options).tobytes()
             == sd.generate(image=Image.new("RGB", boat.size, "white"), **options).tobytes()
         )
-    with pytest.warns(UserWarning, match="The image is L: it is converted to RGB"):
+    with pytest.warns(UserWarning, match="The image is 56x40, L: it is made 56x40, RGB."):
         sd.generate(image=boat.convert("L"), **options)
-    with pytest.warns(UserWarning, match="The image is 45x27: it is resized to 40x24"):
+    with pytest.warns(UserWarning, match="The image is 45x27, RGB: it is made 40x24"):
         assert sd.generate(image=boat.resize((45, 27)), **options).size == (40, 24)
-    with pytest.warns(UserWarning, match="resized to 16x32"):
+    with pytest.warns(UserWarning, match="it is made 16x32"):
         assert sd.generate(image=boat, height=32, width=16, **options).size == (16, 32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -238,7 +238,7 @@ def test_pictures_of_any_mode(sd, boat):
         ({"width": 16.0}, "The width is 16.0"),
         ({"guidance": float("inf")}, "guidance is inf: give a number"),
         ({"prompt": None}, "not text"),
-        ({"prompt": []}, "not text"),
+        ({"prompt": []}, "There are 0 of prompt for 0 pictures"),
         ({"prompt": ["a", 3]}, "not text"),
         ({"prompt": ["a", "b"], "seed": [1, 2, 3]}, "There are 3 of seed for 2 pictures"),
         ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, "There are 1 of negative_prompt for 2 pictures"),

@@ -69,6 +69,23 @@ def test_the_whole_noise_leads_back_to_the_picture(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_sampler_used_twice_gives_the_same_twice(name):
+    """Also after a run that was cut off, and for a picture that enters in the middle."""
+    sampler, noise = samplers.make(name, 6), torch.randn(4, 8, 8)
+
+    def run(first: int, last: int) -> torch.Tensor:
+        latents = sampler.add_noise(torch.zeros_like(noise), noise, first)
+        for index in range(first, last):
+            eps = predict(sampler.model_input(latents, index), sampler.timesteps[index])
+            latents = sampler.step(latents, eps, index, lambda: noise.flip(0))
+        return latents
+
+    whole, entered = run(0, 6), run(2, 6)
+    run(0, 4)
+    assert torch.equal(run(0, 6), whole) and torch.equal(run(2, 6), entered)
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("steps", [0, -1, 1000, 2.5, "20", None])
 def test_a_number_of_steps_that_there_is_not(name, steps):
     with pytest.raises(ValueError, match="steps is .*: give a whole number from 1 to 99"):
