@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
-from helpers.generate import Settings
+from helpers.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CELL = 160  # pixels; smaller pictures are enlarged by a whole factor, so that a label has room beside them

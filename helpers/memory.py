@@ -1,47 +1,22 @@
-"""What this machine has, and what a piece of work used of it. One GiB is 2**30 bytes."""
+"""What a piece of work used of this machine, and the face of `helpers.loading` for plans. One GiB is 2**30 bytes."""
 
-import gc
-import importlib.util
-import shutil
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
 
-from helpers.plan import GIB as GIB
-from helpers.plan import DoesNotFit as DoesNotFit
-from helpers.plan import Plan as Plan
-from helpers.plan import plan as plan
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What there is to spend: free right now, except `vram_gib`, which is the whole card."""
-
-    device: str  # "cuda", "mps" or "cpu"
-    vram_gib: float  # 0 on a CPU; on Apple silicon what the GPU may take of the shared memory
-    ram_gib: float
-    capability: tuple[int, int] | None  # CUDA compute capability, (7, 5) on a T4
-    disk_gib: float  # where downloads go
-    bitsandbytes: bool = False  # is installed, for weights in four bits
-
-    @classmethod
-    def detect(cls) -> "Budget":
-        """Measure this machine."""
-        ram = _free_ram() / GIB
-        disk = _free_disk() / GIB
-        if torch.cuda.is_available():
-            card = torch.cuda.get_device_properties(0)
-            four_bits = importlib.util.find_spec("bitsandbytes") is not None
-            return cls("cuda", card.total_memory / GIB, ram, (card.major, card.minor), disk, four_bits)
-        if torch.backends.mps.is_available():
-            return cls("mps", torch.mps.recommended_max_memory() / GIB, ram, None, disk)
-        return cls("cpu", 0.0, ram, None, disk)
+from helpers.loading.machine import GIB as GIB
+from helpers.loading.machine import Budget as Budget
+from helpers.loading.machine import free as free
+from helpers.loading.plan import WITHOUT_T5 as WITHOUT_T5
+from helpers.loading.plan import DoesNotFit as DoesNotFit
+from helpers.loading.plan import Plan as Plan
+from helpers.loading.plan import plan as plan
+from helpers.loading.plan import plans as plans
 
 
 @dataclass
@@ -83,33 +58,3 @@ def meter() -> Iterator[Usage]:
         done.set()
         thread.join()
         usage.peak_ram_gib = max(peak, process.memory_info().rss) / GIB
-
-
-def free() -> None:
-    """Give back what nothing refers to any more. `del pipe` first: a living variable keeps its memory."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch._C._host_emptyCache()  # pinned RAM, which group offloading takes and PyTorch would keep
-    elif torch.backends.mps.is_available():
-        torch.mps.empty_cache()
-
-
-def _free_ram() -> int:
-    """Bytes free on the machine or left in the container's own limit (cgroup 2), whichever is less."""
-    available = psutil.virtual_memory().available
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return available
-    return available if limit == "max" else min(available, max(0, int(limit) - used))
-
-
-def _free_disk() -> int:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    folder = Path(HF_HUB_CACHE)
-    while not folder.exists():  # the cache is made by the first download
-        folder = folder.parent
-    return shutil.disk_usage(folder).free

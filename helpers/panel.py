@@ -132,7 +132,7 @@ class PromptPanel:
         self._say("" if self._threaded else "Drawing; Runtime, Interrupt execution stops it.")
         said, start = [], time.perf_counter()
         try:
-            drawn = generate(self.pipe, settings, self._on_step, self._stop.is_set, said.append)
+            drawn = generate(self.pipe, settings, on_step=self._on_step, should_stop=self._stop.is_set, say=said.append)
             if drawn:
                 self.picture, self.save.disabled = drawn[0], False
                 self._say(f"Drawn in {time.perf_counter() - start:.1f} s: {_words(self.picture)}", *said)

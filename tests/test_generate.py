@@ -87,7 +87,9 @@ def test_another_size(pipe):
 
 def test_on_step_sees_every_step(pipe, capfd):
     seen = []
-    generate(pipe, Settings(PROMPT, steps=3, count=2, scheduler="DDIMScheduler"), lambda *args: seen.append(args))
+    generate(
+        pipe, Settings(PROMPT, steps=3, count=2, scheduler="DDIMScheduler"), on_step=lambda *args: seen.append(args)
+    )
     assert [(step, steps) for step, steps, _ in seen] == [(1, 3), (2, 3), (3, 3)]
     assert seen[0][2].shape == (2, 4, 8, 8) and not torch.equal(seen[0][2], seen[1][2])
     assert capfd.readouterr() == ("", "")
@@ -97,7 +99,9 @@ def test_stop_draws_nothing_and_the_next_run_is_whole(pipe):
     settings = Settings(PROMPT, steps=4, seed=3)
     before = generate(pipe, settings)[0]
     steps = []
-    assert generate(pipe, settings, lambda step, *_: steps.append(step), lambda: len(steps) == 2) == []
+    assert (
+        generate(pipe, settings, on_step=lambda step, *_: steps.append(step), should_stop=lambda: len(steps) == 2) == []
+    )
     assert steps == [1, 2]
     assert np.array_equal(pixels(generate(pipe, settings)[0]), pixels(before))
 
@@ -109,7 +113,7 @@ def test_an_error_in_a_callback_leaves_the_pipeline_as_it_was(pipe):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        generate(pipe, Settings(PROMPT, scheduler="HeunDiscreteScheduler"), broken)
+        generate(pipe, Settings(PROMPT, scheduler="HeunDiscreteScheduler"), on_step=broken)
     assert pipe.scheduler is own
     assert np.array_equal(pixels(generate(pipe, Settings(PROMPT))[0]), pixels(before))
 
@@ -195,9 +199,10 @@ def test_numbers_that_are_not_finite_name_the_stage(pipe, part, stage):
 
 def test_design_names():
     assert list(inspect.signature(Settings).parameters) == (
-        "prompt negative_prompt steps guidance seed height width scheduler count".split()
+        "prompt negative_prompt steps guidance seed height width scheduler count strength".split()
     )
     assert (
-        list(inspect.signature(helpers.generate.generate).parameters)[:4] == "pipe settings on_step should_stop".split()
+        list(inspect.signature(helpers.generate.generate).parameters)[:6]
+        == "pipe settings image mask on_step should_stop".split()
     )
     assert MODELS["sd15"].twin in MODELS

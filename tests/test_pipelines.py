@@ -352,7 +352,7 @@ def test_unknown_model():
     for ask in (choose, load):
         with pytest.raises(ValueError, match="no model 'sd16': choose one of"):
             ask("sd16")
-    with pytest.raises(ValueError, match="no plan 'quick': choose one of resident, staged"):
+    with pytest.raises(ValueError, match="no plan 'quick': choose one of resident, resident-nf4, staged"):
         load("storybook-sd", plan="quick")
     with pytest.raises(ValueError, match="storybook-sd cannot run under the plan staged: choose resident"):
         load("storybook-sd", plan="staged")

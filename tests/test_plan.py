@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -10,12 +11,12 @@ from hub import Hub
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from helpers import sizes
+from helpers.loading import sizes
+from helpers.loading.plan import CONTEXT_GIB, RELATIVE_TIME, cpu_stages, next_plan, plans
+from helpers.loading.registry import MODELS, Model
+from helpers.loading.sizes import FROM_FILES, KNOWN, measure, parts, weight_files
 from helpers.memory import Budget, DoesNotFit, plan
 from helpers.pipelines import LoadError, load
-from helpers.plan import CONTEXT_GIB, RELATIVE_TIME, cpu_stages, next_plan, plans
-from helpers.registry import MODELS, Model
-from helpers.sizes import FROM_FILES, KNOWN, measure, parts, weight_files
 
 SD35 = MODELS["sd35-medium"]
 SIZES = (512, 768, 1024)
@@ -43,15 +44,17 @@ def offline(monkeypatch, tmp_path):
         (T4, "staged", "float16"),
         # More RAM helps offloading only, and that is slower than reading the encoders once for each new prompt.
         (Budget("cuda", 14.75, 51.0, (7, 5), 78.0), "staged", "float16"),
-        # Four bits would fit too, but round T5 and need a package: staged comes first.
-        (Budget("cuda", 14.75, 12.7, (7, 5), 78.0, True), "staged", "float16"),
+        # With T5 in four bits everything fits at once, and a new prompt reads nothing again.
+        (Budget("cuda", 14.75, 12.7, (7, 5), 78.0, True), "resident-nf4", "float16"),
         # Kaggle has two cards and 30 GiB of RAM; one card is used, which is a T4.
         (Budget("cuda", 14.75, 30.0, (7, 5), 60.0), "staged", "float16"),
-        # 15.15 GiB of weights in bfloat16 and up to 2.4 of decoding are less than 22.
-        (Budget("cuda", 22.2, 53.0, (8, 9), 200.0), "resident", "bfloat16"),
-        (A100, "resident", "bfloat16"),
+        # 15.15 GiB of weights, with T5 in bfloat16, and up to 2.4 of decoding are less than 22.
+        (Budget("cuda", 22.2, 53.0, (8, 9), 200.0), "resident", "float16"),
+        (A100, "resident", "float16"),
         # T5 is 8.87 GiB in bfloat16. Transformer, VAE and decoding at 1024 are 7.16, so all but T5 fits.
-        (LAPTOP_8, "no-t5", "bfloat16"),
+        (LAPTOP_8, "no-t5", "float16"),
+        # In four bits T5 is 4.02, which fits alone.
+        (Budget("cuda", 8.0, 14.0, (8, 9), 100.0, True), "staged-nf4", "float16"),
         # Transformer, VAE and one CLIP are 6.15 GiB; the transformer alone is 4.60, so they take turns.
         (LAPTOP_6, "model-offload", "float16"),
         # An M1 with 16 GB lends the GPU 10.7: too little for T5 in float16, and offloading frees nothing there.
@@ -66,6 +69,7 @@ def offline(monkeypatch, tmp_path):
 def test_machines(machine, name, dtype, side):
     chosen = plan(SD35, machine, side, side)
     assert (chosen.name, chosen.dtype) == (name, dtype)
+    assert chosen.peak_vram_gib == max(chosen.stages.values(), default=0)
     assert chosen.peak_vram_gib + (CONTEXT_GIB if machine.device != "cpu" else 0) <= max(machine.vram_gib, 0)
     assert chosen.peak_ram_gib <= machine.ram_gib
     assert chosen.why.endswith(".") and "Hub could not be asked" in chosen.why
@@ -86,11 +90,15 @@ def test_small_models():
 def test_the_t4_in_figures():
     """What the project promises of its flagship, and what the well-known recipe would need."""
     every = plans(SD35, T4)
-    assert every["staged"].peak_vram_gib < 12.7 and every["staged"].peak_ram_gib < 7
+    assert every["staged"].peak_vram_gib < 12.7 and every["staged"].peak_ram_gib < 3
     assert every["resident"].peak_vram_gib == pytest.approx(17.03 + 1.35, abs=0.02)  # 10.75 of it is T5
     bnb = plans(SD35, Budget("cuda", 14.75, 12.7, (7, 5), 78.0, True))["resident-nf4"]
     assert bnb.peak_vram_gib == pytest.approx(4.02 + 1.52 + 4.60 + 0.16 + 1.35, abs=0.02)
-    assert every["group-offload"].peak_vram_gib < 2 and every["sequential-offload"].peak_vram_gib < 2
+    assert every["group-offload"].peak_vram_gib < 2.5
+    assert every["sequential-offload"].peak_vram_gib == pytest.approx(0.42 + 1.35, abs=0.01)  # the position table stays
+    ampere = plans(SD35, replace(T4, capability=(8, 6)))
+    assert every["staged"].t5 == "float16" and ampere["staged"].t5 == "bfloat16"
+    assert ampere["staged"].peak_vram_gib == pytest.approx(8.87 + 0.1, abs=0.01)
 
 
 def test_refusals_show_the_component_and_the_sum():
@@ -133,9 +141,9 @@ def test_a_small_machine_never_reads_the_whole_pipeline_into_its_ram(ram):
     is refused, stays in the files on a CPU, and off the RAM with a GPU: T5 is never offloaded there as a whole."""
     for budget in (Budget("cuda", 14.75, ram, (7, 5), 78.0, True), Budget("cpu", 0.0, ram, None, 78.0)):
         every = plans(SD35, budget)
-        for name, one in every.items():
+        for one in every.values():
             assert one.refused or one.peak_ram_gib <= ram
-            assert one.dtype == "float16" or name == "resident"
+            assert one.dtype == "float16"
             assert one.peak_ram_gib < 10
         assert every["cpu"].peak_ram_gib < 6
 
@@ -145,7 +153,8 @@ def test_the_rehearsal_found_what_is_predicted():
     page = Path(__file__).with_name("rehearsal") / "README.md"
     rows = re.findall(r"^\| (\w+ \w+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|", page.read_text(), re.MULTILINE)
     at_256 = {stage for stage, side, *_ in rows if side == "256"}
-    assert at_256 == set(cpu_stages("float16", KNOWN["sd35-medium"], 1 / 16))
+    # Loading the transformer was measured alone, see the page.
+    assert at_256 == set(cpu_stages("float16", KNOWN["sd35-medium"], 1 / 16)) - {"load transformer"}
     for stage, side, shown, measured in rows:
         predicted = sum(cpu_stages("float16", KNOWN["sd35-medium"], int(side) ** 2 / 2**20)[stage].values())
         assert predicted == pytest.approx(float(shown), abs=0.006)
@@ -161,14 +170,37 @@ def test_nothing_fits():
         plan("sd4", T4)
 
 
-def test_the_next_plan_down():
-    assert next_plan("resident", SD35, A100).name == "staged"
-    assert next_plan("staged", SD35, T4).name == "no-t5"
-    # Four bits would be next, but need more of the GPU than what has just been too much.
-    assert next_plan("staged", SD35, Budget("cuda", 14.75, 12.7, (7, 5), 78.0, True)).name == "no-t5"
-    assert next_plan("group-offload", SD35, T4).name == "sequential-offload"
-    assert next_plan("sequential-offload", SD35, T4) is None  # hours on the CPU are no answer
-    assert next_plan("staged", SD35, Budget("cpu", 0.0, 60.0, None, 50.0)).name == "cpu"
+@pytest.mark.parametrize(
+    ("machine", "after", "stage", "name"),
+    [
+        (A100, "resident", "encode", "resident-nf4"),
+        (A100, "resident", "denoise", "resident-nf4"),
+        (T4, "staged", "encode", "no-t5"),  # T5 is too much: without it
+        # T5 has left by then, and the same transformer and VAE would fail again without it.
+        (T4, "staged", "denoise", "group-offload"),
+        (T4, "staged", "decode", "model-offload"),
+        (T4, "no-t5", "encode", "model-offload"),
+        (T4, "group-offload", "denoise", "sequential-offload"),
+        (T4, "sequential-offload", "denoise", None),  # hours on the CPU are no answer
+        (Budget("cpu", 0.0, 60.0, None, 50.0), "staged", "denoise", "cpu"),
+    ],
+)
+def test_the_next_plan_cures_the_stage_that_failed(machine, after, stage, name):
+    machine = replace(machine, bitsandbytes=machine is A100)
+    every = plans(SD35, machine)
+    found = next_plan(every[after], stage, SD35, machine)
+    assert getattr(found, "name", None) == name
+    if found is not None and machine.device == "cuda":
+        assert found.stages[stage] < 0.95 * every[after].stages[stage]
+
+
+def test_a_batch_and_a_larger_picture_need_more():
+    one, eight = plans(SD35, T4), plans(SD35, T4, count=8)
+    for name in set(one) - {"cpu"}:
+        assert eight[name].stages["denoise"] > one[name].stages["denoise"]
+        assert eight[name].stages["decode"] == one[name].stages["decode"]  # one after the other
+    small = replace(LAPTOP_8, vram_gib=7.3)
+    assert plan(SD35, small, 768, 768).name == "no-t5" and plan(SD35, small, 768, 768, 16).name == "group-offload"
 
 
 def test_the_table_is_what_the_configs_say():

@@ -9,10 +9,12 @@ import torch
 from diffusers import PNDMScheduler
 
 from helpers import preview
-from helpers.clean import clean_latents, remember
-from helpers.generate import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS, Settings, generate
+from helpers.generate import Settings, generate
+from helpers.latent_rgb import fit_rgb
+from helpers.memory import Budget, plans
 from helpers.pipelines import Model, load
-from helpers.preview import LiveMeter, fit_rgb
+from helpers.preview import LiveMeter
+from helpers.schedulers import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS, predicted_x0, remember
 
 PROMPT = "a red boat by the sea"
 SD15_CONFIG = PNDMScheduler.from_pretrained(tiny.CONFIGS / "scheduler").config
@@ -42,7 +44,7 @@ def sd3_model(tmp_path_factory):
     "name",
     "DDIMScheduler DDPMScheduler EulerDiscreteScheduler EulerAncestralDiscreteScheduler HeunDiscreteScheduler".split(),
 )
-def test_clean_latents_are_the_librarys_where_it_has_them(name, target):
+def test_predicted_x0_are_the_librarys_where_it_has_them(name, target):
     made = scheduler(name, prediction_type=target)
     random = torch.Generator().manual_seed(0)
     x = torch.randn(2, 4, 8, 8, generator=random) * made.init_noise_sigma
@@ -50,7 +52,7 @@ def test_clean_latents_are_the_librarys_where_it_has_them(name, target):
         made.scale_model_input(x, t)
         step = made.step(torch.randn(x.shape, generator=random), t, x)
         theirs = step.pred_original_sample
-        assert torch.allclose(clean_latents(made), theirs, atol=1e-4 * theirs.abs().max().item())
+        assert torch.allclose(predicted_x0(made), theirs, atol=1e-4 * theirs.abs().max().item())
         x = step.prev_sample
 
 
@@ -65,19 +67,19 @@ def test_the_exact_answer_gives_the_exact_latents(name):
         x, answer = made.add_noise(x0, noise, t), noise
         made.scale_model_input(x, t[0])
     made.step(answer, t[0], x)
-    assert torch.allclose(clean_latents(made), x0, atol=2e-3)  # of noise that is up to 15 times as large
+    assert torch.allclose(predicted_x0(made), x0, atol=2e-3)  # of noise that is up to 15 times as large
 
 
 def test_other_targets_and_no_step_yet():
     made = scheduler("DDIMScheduler", prediction_type="sample")
     with pytest.raises(ValueError, match=r"^There is no step to look back at: .*\.$"):
-        clean_latents(made)
+        predicted_x0(made)
     answer = torch.randn(1, 4, 8, 8)
     made.step(answer, made.timesteps[0], answer)
-    assert clean_latents(made) is answer
+    assert predicted_x0(made) is answer
     made.register_to_config(prediction_type="colour")
     with pytest.raises(ValueError, match="predicts 'colour'"):
-        clean_latents(made)
+        predicted_x0(made)
 
 
 def test_a_scheduler_that_remembers_steps_as_before():
@@ -88,7 +90,7 @@ def test_a_scheduler_that_remembers_steps_as_before():
     for t in plain.timesteps:
         assert torch.equal(made.step(x, t, x, return_dict=False)[0], plain.step(x, t, x).prev_sample)
     with pytest.raises(ValueError):
-        clean_latents(plain)
+        predicted_x0(plain)
 
 
 class LinearVae:
@@ -140,11 +142,11 @@ def test_the_meter_in_plain_python(sd15, capsys):
     assert capsys.readouterr().out.startswith("step 1 of 1, RAM")
 
 
-@pytest.mark.parametrize("name", ["cpu", "staged"])
-def test_the_meter_waits_for_a_vae_that_is_not_there_yet(sd3_model, name, capsys):
-    pipe = load(sd3_model, name)
+@pytest.mark.parametrize(("ram", "leaves"), [(8.0, False), (0.3, True)])
+def test_the_meter_waits_where_the_vae_comes_later(sd3_model, ram, leaves, capsys):
+    pipe = load(sd3_model, plans(sd3_model, Budget("cpu", 0.0, ram, None, 50.0))["staged"])
     meter = LiveMeter(pipe)
-    assert (meter.rgb is None) == (name == "staged")
+    assert (meter.rgb is None) == leaves
     generate(pipe, Settings(PROMPT), on_step=meter)
     assert meter.rgb.weight.shape[0] == 16 and capsys.readouterr().out.startswith("step 4 of 4")
 

@@ -73,10 +73,10 @@ class AnonymousRam:
 
 
 def name_stages(ram: AnonymousRam) -> None:
-    """From now on, tell `ram` which stage a pipeline is in, in the words of `helpers.plan.cpu_stages`."""
+    """From now on, tell `ram` which stage a pipeline is in, in the words of `helpers.loading.plan.cpu_stages`."""
     from diffusers import AutoencoderKL, SD3Transformer2DModel
 
-    from helpers.planned import PlannedPipeline
+    from helpers.loading.sd3 import Network
 
     def named(cls: type, method: str, name) -> None:
         own = getattr(cls, method)
@@ -88,10 +88,21 @@ def name_stages(ram: AnonymousRam) -> None:
 
         setattr(cls, method, call)
 
-    named(PlannedPipeline, "_load", lambda pipe, part, place: f"load {part}")
-    named(PlannedPipeline, "_read", lambda pipe, network, part, *_: f"run {part}")
+    named(Network, "come", lambda network, device: f"load {network.name}")
     named(SD3Transformer2DModel, "forward", lambda *_: "run transformer")
     named(AutoencoderKL, "decode", lambda *_: "run vae")
+
+
+def name_encoders(ram: AnonymousRam, pipe) -> None:
+    """The same for what the text encoders of this pipeline do between coming and leaving."""
+    for name, network in pipe.stage.networks.items():
+        if name.startswith("text_encoder") and hasattr(network.module, "_old_forward"):
+
+            def call(*given, own=network.module._old_forward, name=name, **more):
+                with ram.stage(f"run {name}"):
+                    return own(*given, **more)
+
+            network.module._old_forward = call
 
 
 def anonymous_gib() -> float:
@@ -109,12 +120,12 @@ def measure(folder: Path, name: str, side: int, steps: int, vram_gib: float, ram
     import torch
 
     from helpers.generate import Settings, decode, generate
+    from helpers.loading.plan import cpu_stages, plans
+    from helpers.loading.registry import Model
+    from helpers.loading.sd3 import Stage
+    from helpers.loading.sizes import parts
     from helpers.memory import Budget
     from helpers.pipelines import load
-    from helpers.plan import cpu_stages, plans
-    from helpers.planned import PlannedPipeline
-    from helpers.registry import Model
-    from helpers.sizes import parts
 
     cuda = torch.cuda.is_available()
     if cuda:
@@ -123,7 +134,7 @@ def measure(folder: Path, name: str, side: int, steps: int, vram_gib: float, ram
         budget = Budget("cuda", vram_gib, ram_gib, CAPABILITY, 100.0, True)
     else:
         budget = Budget("cpu", 0.0, ram_gib, None, 100.0)
-    PlannedPipeline.step_down = lambda *_: None  # a plan that does not fit should say so
+    Stage.step_down = lambda *_: None  # a plan that does not fit should say so
     model = Model("rehearsal", "StableDiffusion3Pipeline", side, steps, 7.0, PROMPTS, folder=str(folder.resolve()))
     plan = plans(model, budget, side, side)[name]
     figures = {
@@ -141,16 +152,17 @@ def measure(folder: Path, name: str, side: int, steps: int, vram_gib: float, ram
         with AnonymousRam() as ram:
             name_stages(ram)
             pipe = load(model, plan)
+            name_encoders(ram, pipe)
             figures["load_s"] = time.perf_counter() - start
             if pictures == 0:
-                pipe.register_modules(vae=pipe._load("vae", pipe.home))
-                decode(pipe, torch.zeros(1, 16, side // 8, side // 8, device=pipe.home, dtype=pipe._dtype()))
+                shape, where = (1, 16, side // 8, side // 8), pipe.stage.device
+                decode(pipe, torch.zeros(shape, device=where, dtype=getattr(torch, plan.dtype)))
             for prompt in (PROMPTS[0], PROMPTS[1], PROMPTS[1])[:pictures]:
                 times.clear()
                 start = time.perf_counter()
                 # One picture is for slow machines: if nothing else is unwanted, each encoder reads one text.
                 unwanted = prompt if pictures == 1 else ""
-                generate(pipe, Settings(prompt, unwanted, height=side, width=side), watch, say=lambda _: None)
+                generate(pipe, Settings(prompt, unwanted, height=side, width=side), on_step=watch, say=lambda _: None)
                 figures.setdefault("picture_s", []).append(time.perf_counter() - start)
     except RuntimeError as error:
         figures["error"] = str(error)

@@ -1,10 +1,45 @@
-"""The picture that the model has in mind: the clean latents that follow from its answer at any step of a run."""
+"""Samplers: which suit a model, one of them for a single run, and the predicted x0 that follows from any step of it."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import diffusers
 import torch
+
+# Samplers that share SD1.5's noise schedule, so that one can stand in for another; and those for flow matching.
+DIFFUSION_SCHEDULERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "PNDMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+)
+FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+
+
+def schedulers(pipe: diffusers.DiffusionPipeline) -> tuple[str, ...]:
+    """Names for `Settings.scheduler` that suit this pipeline, its own one first."""
+    own = type(pipe.scheduler).__name__
+    family = FLOW_SCHEDULERS if own.startswith("FlowMatch") else DIFFUSION_SCHEDULERS
+    return (own, *(name for name in family if name != own))
+
+
+@contextmanager
+def one_run_with(pipe: diffusers.DiffusionPipeline, name: str) -> Iterator[None]:
+    """Swap the sampler for one run. Samplers remember their steps, so the pipeline's own is not touched at all."""
+    own = pipe.scheduler
+    cls = type(own) if name == type(own).__name__ else getattr(diffusers, name)
+    pipe.scheduler = remember(cls.from_config(own.config))
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
 
 
 class Seen(NamedTuple):
@@ -29,10 +64,10 @@ def remember(scheduler: diffusers.SchedulerMixin) -> diffusers.SchedulerMixin:
     return scheduler
 
 
-def clean_latents(scheduler: diffusers.SchedulerMixin) -> torch.Tensor:
-    """The model's guess of the finished latents (B, C, h, w), as of the latest step of a scheduler that remembers.
+def predicted_x0(scheduler: diffusers.SchedulerMixin) -> torch.Tensor:
+    """The finished latents (B, C, h, w) as the model guessed them at the latest step of a scheduler that remembers.
 
-    `generate` makes every scheduler remember, so that its `on_step` may call `clean_latents(pipe.scheduler)`. Knows
+    `generate` makes every scheduler remember, so that its `on_step` may call `predicted_x0(pipe.scheduler)`. Knows
     the targets epsilon, v_prediction, sample and flow matching's velocity. Raises ValueError, one sentence, before the
     first step or for another target.
     """
