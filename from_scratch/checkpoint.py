@@ -172,22 +172,29 @@ def share(settings: dict, name: str, default: int, channels: int) -> int:
     return number
 
 
+def level_widths(entries: Entries, prefix: str, settings: dict) -> list[int]:
+    """The channels of each level. Raises ValueError if the settings are for others."""
+    levels = count(entries, f"{prefix}down_blocks.")
+    widths = [entries[f"{prefix}down_blocks.{n}.resnets.0.conv1.weight"].shape[0] for n in range(levels)]
+    if settings.get("block_out_channels", widths) != widths:
+        raise ValueError(f"block_out_channels is {settings['block_out_channels']!r}, not {widths}")
+    return widths
+
+
 def make_unet(entries: Entries, settings: dict) -> UNet:
     """A UNet as the shapes say. Heads and groups leave no trace in them: 8 and 32, unless the settings know better."""
-    levels = count(entries, "down_blocks.")
-    widths = [entries[f"down_blocks.{n}.resnets.0.conv1.weight"].shape[0] for n in range(levels)]
+    widths = level_widths(entries, "", settings)
     # diffusers means the number of heads by attention_head_dim; it may be one number, or one for each level.
     name = "attention_head_dim" if settings.get("num_attention_heads") is None else "num_attention_heads"
-    each = settings[name] if isinstance(settings.get(name), list) else [settings.get(name)] * levels
+    each = settings[name] if isinstance(settings.get(name), list) else [settings.get(name)] * len(widths)
     heads = [share({name: value}, name, 8, width) for value, width in zip(each, widths, strict=True)]
-    attends = [count(entries, f"down_blocks.{n}.attentions.") for n in range(levels)]
     return UNet(
         in_channels=entries["conv_in.weight"].shape[1],
         out_channels=entries["conv_out.weight"].shape[0],
         widths=widths,
         layers=count(entries, "down_blocks.0.resnets."),
         context_channels=entries["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1],
-        heads=[number if attend else None for number, attend in zip(heads, attends, strict=True)],
+        heads=[h if count(entries, f"down_blocks.{n}.attentions.") else None for n, h in enumerate(heads)],
         mid_heads=heads[-1],
         groups=share(settings, "norm_num_groups", 32, math.gcd(*widths)),
     )
@@ -195,9 +202,7 @@ def make_unet(entries: Entries, settings: dict) -> UNet:
 
 def make_vae(entries: Entries, settings: dict) -> VAE:
     """A VAE as the shapes say, with 32 groups and SD1.5's scaling factor unless the settings know better."""
-    levels = count(entries, "encoder.down_blocks.")
-    widths = [entries[f"encoder.down_blocks.{n}.resnets.0.conv1.weight"].shape[0] for n in range(levels)]
-    factor = settings.get("scaling_factor", 0.18215)
+    widths, factor = level_widths(entries, "encoder.", settings), settings.get("scaling_factor", 0.18215)
     if not isinstance(factor, Real) or not 0 < factor < math.inf:
         raise ValueError(f"scaling_factor is {factor!r}, not a number above 0")
     layers, latents = count(entries, "encoder.down_blocks.0.resnets."), entries["post_quant_conv.weight"].shape[0]
@@ -219,12 +224,11 @@ def fill(module: nn.Module, entries: Entries, dtype: torch.dtype, device: torch.
     wrong += [f"{name} is unexpected" for name in entries if name not in wanted]
     if wrong:
         raise ValueError(", ".join(wrong[:4]) + (f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
+    state = {}
     for name, tensor in wanted.items():
         # A 1x1 convolution and a linear layer are the same, and files differ in what they call them.
         if entries[name].shape not in (tensor.shape, (*tensor.shape, 1, 1)):
             raise ValueError(f"{name} is {entries[name].shape}, not {tuple(tensor.shape)}")
-    state = {}
-    for name, tensor in wanted.items():
         read = entries[name].read()
         if not read.is_floating_point():
             raise ValueError(f"{name} holds {read.dtype} numbers, which only its own program can read")
@@ -237,10 +241,9 @@ def fill(module: nn.Module, entries: Entries, dtype: torch.dtype, device: torch.
 def load(path: str | Path, config: str | Path | None = None, dtype=torch.float32, device="cpu", fast: bool = True):
     """A StableDiffusion 1.x of any width and depth, from a diffusers folder or an original single file.
 
-    A single file is a .safetensors, or a .ckpt that holds tensors only. It carries neither tokenizer nor the numbers of
-    heads and groups: `config` is a folder in the layout of diffusers to take them from; without, they are SD1.5's.
-    `dtype` is what the weights become. `fast` takes the layers of `fast_cpu` on a CPU, False the plain ones there too.
-    Raises CheckpointError, one sentence.
+    A single file has neither tokenizer nor the numbers of heads and groups: `config` is a folder in the layout of
+    diffusers to take them from; without, they are SD1.5's. `dtype` is what the weights become. `fast` takes the layers
+    of `fast_cpu` on a CPU, False the plain ones there too. Raises CheckpointError, one sentence.
     """
     path, device = Path(path), torch.device(device)
     if not path.exists():

@@ -37,8 +37,7 @@ def group_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     found = [torch.batch_norm_update_stats(one, None, None, 0) for strip in strips for one in strip.split(1)]
     found = torch.stack([torch.stack(pair) for pair in found]).double()  # (strips B, 2, C)
     mean, variance = found.view(len(strips), len(x), 2, groups, -1).unbind(2)
-    square, mean = (variance + mean**2).mean((0, 3)), mean.mean((0, 3))
-    return mean, square - mean**2
+    return mean.mean((0, 3)), (variance + mean**2).mean((0, 3)) - mean.mean((0, 3)) ** 2
 
 
 class GroupNorm(nn.GroupNorm):
@@ -55,10 +54,8 @@ class GroupNorm(nn.GroupNorm):
 
 
 class Upsample(layers.Upsample):
-    """The same with 4/9 of the multiplications.
-
-    In a picture of repeated pixels, two of the three taps in each direction see the same pixel, so they may be added up
-    beforehand. What is left are four 2x2 convolutions over x, one for each pixel of a 2x2 square.
+    """The same with 4/9 of the multiplications: in a picture of repeated pixels, two of the three taps in each direction
+    see the same pixel and may be added up beforehand; four 2x2 convolutions are left, one for each pixel of a square.
     """
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:

@@ -33,9 +33,8 @@ def upright(image: Image.Image, name: str = "image") -> Image.Image:
         image = ImageOps.exif_transpose(image)
     except OSError as error:
         raise ValueError(f"The {name} cannot be read: {error}.") from None
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    return image
+    eight_bits = image.mode[:4] != "I;16"
+    return image if eight_bits else Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
 
 
 def to_tensor(image: Image.Image, height: int, width: int) -> Tensor:

@@ -68,8 +68,8 @@ class Tokenizer:
             encoding = self.pieces.encode(text, add_special_tokens=False)
             if len(encoding.ids) > room:
                 cut = text[encoding.offsets[room][0] :].strip()
-                message = f"The prompt has {len(encoding.ids)} tokens, {room} fit; this was cut off its end: {cut!r}."
-                warnings.warn(message, stacklevel=3)
+                what = f"The prompt has {len(encoding.ids)} tokens, {room} fit; this was cut off its end"
+                warnings.warn(f"{what}: {cut!r}.", stacklevel=3)
             row = [self.start, *encoding.ids[:room], self.end]
             rows.append(row + [self.pad] * (self.length - len(row)))
         return torch.tensor(rows)
