@@ -54,7 +54,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class Upsample(layers.Upsample):
-    """The same with 4/9 of the multiplications: in a picture of repeated pixels, two of the three taps in each direction
+    """The same with 4/9 of the multiplications: among repeated pixels, two of the three taps in each direction always
     see the same pixel and may be added up beforehand; four 2x2 convolutions are left, one for each pixel of a square.
     """
 

@@ -8,11 +8,14 @@ import os
 from collections.abc import Iterator
 
 import huggingface_hub
-from huggingface_hub import errors
+from huggingface_hub import constants, errors
 
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
+UNREADABLE = f"The saved login {{}} cannot be read: delete it, then log in again with a token from {TOKEN_PAGE}."
+# What the Hub client raises when an answer is JSON, but not the Hub's.
+ODD_ANSWERS = (AttributeError, KeyError, TypeError, RecursionError)
 # Everything the Hub client raises. It lets its HTTP library's errors through, and that library differs by version.
-HUB_ERRORS = (*errors.HfHubHTTPError.__bases__, OSError, ValueError)
+HUB_ERRORS = (*errors.HfHubHTTPError.__bases__, OSError, ValueError, *ODD_ANSWERS)
 
 
 class AccessError(RuntimeError):
@@ -26,21 +29,13 @@ def login() -> str:
     looks. "prompt" happens only where a person can answer, so a test run or a CI job never hangs: it gets "none".
     Raises AccessError, without the token, if the token cannot be one (empty, or with spaces or line breaks inside).
     """
-    if "HF_TOKEN" in os.environ:
-        _check_shape(os.environ["HF_TOKEN"], "HF_TOKEN in the environment")
-        return "environment"
-    secret = _colab_secret()
-    if secret is not None:
-        _check_shape(secret, "the Colab secret HF_TOKEN")
-        os.environ["HF_TOKEN"] = secret.strip()
-        return "Colab secret"
-    if huggingface_hub.get_token():
-        _check_shape(huggingface_hub.get_token(), "the saved login")
-        return "saved login"
-    if can_ask():
+    source, problem = _look()
+    if problem is not None:
+        raise AccessError(problem)
+    if source == "none" and can_ask():
         huggingface_hub.notebook_login()
         return "prompt"
-    return "none"
+    return source
 
 
 def can_ask() -> bool:
@@ -60,9 +55,9 @@ def check_token() -> None:
 
     A token with a space inside makes an illegal HTTP header, and the HTTP client's own error would quote it.
     """
-    token = huggingface_hub.get_token()
-    if token:
-        _check_shape(token, "the Hugging Face token (HF_TOKEN, or the saved login)")
+    problem = _hub_token_problem()
+    if problem is not None:
+        raise AccessError(problem)
 
 
 def check_access(repo_id: str, filename: str = "model_index.json") -> None:
@@ -74,7 +69,8 @@ def check_access(repo_id: str, filename: str = "model_index.json") -> None:
     try:
         huggingface_hub.hf_hub_download(repo_id, filename)
     except HUB_ERRORS as error:
-        raise AccessError(explain(error, repo_id)) from error
+        # Not `from error`: a notebook's verbose traceback would show the client's variables, the token among them.
+        raise AccessError(explain(error, repo_id)) from None
 
 
 def explain(error: BaseException, repo_id: str) -> str:
@@ -104,7 +100,13 @@ def explain(error: BaseException, repo_id: str) -> str:
             f"There is no repository {repo_id} on the Hub that this login may see: "
             f"check the name on {page}, and log in if it is private."
         )
-    status = next((_status(e) for e in chain if _status(e)), None)
+    refusal = next((e for e in chain if _status(e)), None)
+    status = refusal and _status(refusal)
+    if status in (401, 403) and not _sent_token(refusal):
+        return (
+            f"The Hub, or a proxy on the way, refused {repo_id} without a token (error {status}): "
+            f"make a read token on {TOKEN_PAGE} and put it into HF_TOKEN, or try another network."
+        )
     if status == 403:
         return (
             f"The token has no right to read {repo_id}: open {TOKEN_PAGE}, edit the token, tick "
@@ -127,6 +129,11 @@ def explain(error: BaseException, repo_id: str) -> str:
             f"The Hub answered with error {status} for {repo_id}: "
             "wait a minute and run this again, finished files are kept."
         )
+    if find(*ODD_ANSWERS):
+        return (
+            f"The answer about {repo_id} is not the Hub's: "
+            "look at HF_ENDPOINT and at your proxy, then run this again, finished files are kept."
+        )
     if find(errors.HFValidationError):
         return "That is not the name of a repository on the Hub: write it as owner/name."
     return (
@@ -145,6 +152,41 @@ def _status(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
+def _sent_token(error: BaseException) -> bool:
+    request = getattr(error.response, "request", None)
+    return "authorization" in {name.lower() for name in getattr(request, "headers", ())}
+
+
+# A verbose traceback (%xmode Verbose) shows the variables of the line that raises in every function on the way. So what
+# handles a token raises nothing: it returns what is wrong, a sentence without the token, or None.
+
+
+def _look() -> tuple[str, str | None]:
+    """Where the token is (see `login`), and what is wrong with it. A Colab secret is put into HF_TOKEN."""
+    if "HF_TOKEN" in os.environ:
+        return "environment", _problem(os.environ["HF_TOKEN"], "HF_TOKEN in the environment")
+    secret = _colab_secret()
+    if secret is not None:
+        problem = _problem(secret, "the Colab secret HF_TOKEN")
+        if problem is None:
+            os.environ["HF_TOKEN"] = secret.strip()
+        return "Colab secret", problem
+    try:
+        saved = huggingface_hub.get_token()
+    except HUB_ERRORS:  # a folder, or not text
+        return "saved login", UNREADABLE.format(constants.HF_TOKEN_PATH)
+    return ("saved login", _problem(saved, "the saved login")) if saved else ("none", None)
+
+
+def _hub_token_problem() -> str | None:
+    """What is wrong with the token that the Hub client would send."""
+    try:
+        token = huggingface_hub.get_token()
+    except HUB_ERRORS:
+        return UNREADABLE.format(constants.HF_TOKEN_PATH)
+    return _problem(token, "the Hugging Face token (HF_TOKEN, or the saved login)") if token else None
+
+
 def _colab_secret() -> str | None:
     try:
         from google.colab import userdata
@@ -158,12 +200,11 @@ def _colab_secret() -> str | None:
         return None
 
 
-def _check_shape(token: str, where: str) -> None:
+def _problem(token: str, where: str) -> str | None:
     """Blank ends are forgiven, as the Hub client does; anything else that cannot go into a header is not."""
     token = token.strip()
     if not token:
-        raise AccessError(f"The token in {where} is empty: remove it, or put a token from {TOKEN_PAGE} there.")
+        return f"The token in {where} is empty: remove it, or put a token from {TOKEN_PAGE} there."
     if not token.isascii() or not token.isprintable() or any(c.isspace() for c in token):
-        raise AccessError(
-            f"The token in {where} holds spaces, line breaks or foreign characters: copy it again from {TOKEN_PAGE}."
-        )
+        return f"The token in {where} holds spaces, line breaks or foreign characters: copy it again from {TOKEN_PAGE}."
+    return None

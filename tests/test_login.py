@@ -204,3 +204,87 @@ def test_a_script_is_never_asked(tmp_path):
         timeout=60,
     )
     assert done.stdout == "none\n", done.stderr
+
+
+# What is not as it should be: one sentence each, and no token in it.
+
+
+@pytest.fixture
+def saved(hub, tmp_path):
+    """Where the saved login lies."""
+    path = tmp_path / "cache" / "no-token"
+    path.parent.mkdir(exist_ok=True)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["binary", "folder"])
+def test_a_saved_login_that_cannot_be_read(hub, saved, caplog, capfd, kind):
+    if kind == "folder":
+        saved.mkdir()
+    else:
+        saved.write_bytes(TOKEN.encode() + b"\xff\xfe\x00")
+    with pytest.raises(AccessError, match="cannot be read: delete it, then log in again") as caught:
+        login()
+    assert TOKEN not in repr(caught.value) and caught.value.__cause__ is None
+    assert "cannot be read" in refused(caplog, capfd) and not hub.requests
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refusal_without_a_token_asks_for_one(hub, monkeypatch, caplog, capfd, status):
+    def refuse(handler):
+        handler._refuse(status, "", "no")
+
+    monkeypatch.setattr(hub.server.RequestHandlerClass, "do_GET", refuse)
+    monkeypatch.setattr(hub.server.RequestHandlerClass, "do_HEAD", refuse)
+    message = refused(caplog, capfd)
+    assert f"without a token (error {status})" in message and "settings/tokens" in message
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert "token" in refused(caplog, capfd) and "without a token" not in refused(caplog, capfd)
+
+
+BODIES = [b"[]", b"null", b"3", b'{"error": 5}', b'{"errors": 7}', b'{"errors": [5]}', b"\xff", b"<html>", b"[" * 5000]
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("status", [200, 403, 500])
+def test_a_hub_that_answers_something_else(hub, monkeypatch, caplog, capfd, status, body):
+    def answer(handler):
+        handler._head(status, {"Content-Type": "application/json", "Content-Length": str(len(body))})
+        if handler.command != "HEAD":
+            handler.wfile.write(body)
+
+    monkeypatch.setattr(hub.server.RequestHandlerClass, "do_GET", answer)
+    monkeypatch.setattr(hub.server.RequestHandlerClass, "do_HEAD", answer)
+    refused(caplog, capfd)
+    try:
+        huggingface_hub.snapshot_download(REPO)
+    except module.HUB_ERRORS as error:
+        message = module.explain(error, REPO)
+        assert "\n" not in message and message.endswith(".")
+
+
+@pytest.mark.parametrize("error", [KeyError("sha"), AttributeError("'list' has no 'get'"), TypeError("int")])
+def test_an_answer_that_is_not_the_hubs(error):
+    assert "is not the Hub's: look at HF_ENDPOINT" in module.explain(error, REPO)
+
+
+@pytest.mark.parametrize("token", [f"{TOKEN} x", f"{TOKEN}é", TOKEN])
+@pytest.mark.parametrize("ask", ["login", "check_token", "check_access"])
+def test_a_verbose_traceback_shows_no_token(hub, monkeypatch, token, ask):
+    """As `%xmode Verbose` prints it: every function on the way with the variables of its line."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    hub.gate = "gated"
+    monkeypatch.setattr(os, "environ", {**os.environ, "HF_TOKEN": token})
+    shell = InteractiveShell.instance()
+    try:
+        {"login": login, "check_token": check_token, "check_access": lambda: check_access(REPO)}[ask]()
+    except AccessError as error:
+        formatter = shell.InteractiveTB
+        formatter.set_mode("Verbose")
+        text = "\n".join(formatter.structured_traceback(type(error), error, error.__traceback__.tb_next))
+        assert "AccessError" in text and TOKEN[:12] not in text
+    else:
+        assert token == TOKEN and ask != "check_access"
+    finally:
+        InteractiveShell.clear_instance()
