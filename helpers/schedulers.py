@@ -35,11 +35,12 @@ def one_run_with(pipe: diffusers.DiffusionPipeline, name: str) -> Iterator[None]
     """Swap the sampler for one run. Samplers remember their steps, so the pipeline's own is not touched at all."""
     own = pipe.scheduler
     cls = type(own) if name == type(own).__name__ else getattr(diffusers, name)
-    pipe.scheduler = remember(cls.from_config(own.config))
+    pipe.scheduler = for_this_run = remember(cls.from_config(own.config))
     try:
         yield
     finally:
         pipe.scheduler = own
+        del for_this_run.step  # which refers to it, so that both and the latents would wait for the garbage collector
 
 
 class Seen(NamedTuple):

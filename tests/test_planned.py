@@ -265,7 +265,7 @@ def test_the_memory_of_texts_is_bounded(model, monkeypatch):
     pipe = load(model, small(model, "no-t5"))
     for text in ("a boat", "a tree", "a star", "a house"):
         draw(pipe, text, steps=1)
-    assert {len(known) for known in pipe.stage._known.values()} == {3}
+    assert {len(known) for known in pipe.stage.encode._known.values()} == {3}
 
 
 def test_nothing_but_one_encoder_is_there_when_t5_comes(model, monkeypatch):

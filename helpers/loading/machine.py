@@ -18,6 +18,7 @@ import torch
 
 GIB = 2**30
 ANSWER_S = 3.0  # seconds that the Hub has to answer at all
+CGROUP = Path("/sys/fs/cgroup")  # where Linux says what a container may use
 
 
 @dataclass(frozen=True)
@@ -120,12 +121,11 @@ def _answers(address: str) -> bool:
 def _free_ram() -> int:
     """Bytes free on the machine or left in the container's own limit (cgroup 2), whichever is less."""
     available = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
     try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
+        limit = (CGROUP / "memory.max").read_text().strip()
+        used = int((CGROUP / "memory.current").read_text())
         # Pages of files that were read are counted as used, and given back whenever something needs the room.
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return available
     used -= int(stat.get("inactive_file", 0))

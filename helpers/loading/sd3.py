@@ -6,7 +6,7 @@ may be used in every way that diffusers knows, with its classes for other tasks 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import wraps
 from itertools import chain
@@ -178,6 +178,60 @@ class FromFiles(ModelHook):
         return args, kwargs
 
 
+class PromptEncoder:
+    """Makes prompt embeddings under every plan, and remembers what encoders said that come only for a new text."""
+
+    def __init__(self, stage: "Stage"):
+        self._stage = stage
+        self._known: dict[str, dict] = {}  # by encoder: tokens and keywords -> its answer, in RAM
+
+    @torch.no_grad()
+    def __call__(self, prompt: str, negative_prompt: str = "") -> dict[str, torch.Tensor]:
+        """What the pipeline takes in the place of the texts: embeddings (1, L, D) and pooled ones (1, P) of each.
+
+        The same numbers as `pipe.encode_prompt`, but each encoder comes once, for both texts, and only if one is new.
+        """
+        stage, texts = self._stage, [prompt, negative_prompt]
+        if stage.encoders_leave:
+            for name, tokenizer in ENCODERS.items():
+                if name in stage.networks:
+                    length = T5_TOKENS if name == T5 else stage.pipe.tokenizer_max_length
+                    how = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+                    more = {} if name == T5 else {"output_hidden_states": True}  # as the pipeline asks it
+                    stage.networks[name].module(getattr(stage.pipe, tokenizer)(texts, **how).input_ids, **more)
+        found = stage.pipe.encode_prompt(prompt, None, None, negative_prompt=negative_prompt)
+        names = "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"
+        return {name: one.to(getattr(torch, stage.plan.dtype)) for name, one in zip(names, found, strict=True)}
+
+    def remembering(self, network: "Network | FourBits") -> Callable:
+        """The network's forward, which lets it come for texts that are new, one by one, and leave afterwards."""
+        ask, kept = network.module.forward, self._known.setdefault(network.name, {})
+
+        @wraps(ask)
+        def forward(input_ids: torch.Tensor, **more):
+            keys = [(tuple(row), *sorted(more.items())) for row in input_ids.tolist()]
+            adapted = getattr(network.module, "peft_config", None)  # then the answer depends on more than the text
+            known = {} if adapted else kept
+            new = {key: row for key, row in zip(keys, input_ids, strict=True) if key not in known}
+            try:
+                with letting_go():
+                    for key, row in new.items():
+                        known[key] = _moved([ask(row[None].to(self._stage.device), **more)], "cpu")
+            finally:
+                self._stage.leave(network.name)
+            answer = _moved([known[key] for key in keys], self._stage.device)
+            for key in list(known)[:-REMEMBERED]:
+                del known[key]
+            return answer
+
+        return forward
+
+    def forget(self) -> None:
+        """Ask again from now on."""
+        for known in self._known.values():
+            known.clear()
+
+
 class Stage:
     """Which networks of a pipeline are on the device at the moment, and what follows when the memory is full."""
 
@@ -185,8 +239,10 @@ class Stage:
         self.model, self.plan, self.device = model, plan, device
         self.pipe: diffusers.StableDiffusion3Pipeline | None = None
         self._folder, self._index = folder, index
-        self.networks = {name: self._open(name) for name in (T5, *ENCODERS, *CORE) if self._has(name)}
-        self._known: dict[str, dict] = {}
+        # T5 first: where it is made into four bits, it needs the memory to itself.
+        order = dict.fromkeys((T5, *ENCODERS, *CORE))
+        self.networks = {name: self._open(name) for name in order if self._has(name)}
+        self.encode = PromptEncoder(self)
 
     @property
     def encoders_leave(self) -> bool:
@@ -205,7 +261,7 @@ class Stage:
             if self.offload is None or (self.offload == "group" and name in ENCODERS):
                 add_hook_to_module(network.module, FromFiles(self, name))
                 if name in ENCODERS and self.encoders_leave:
-                    network.module.forward = self._remembering(network)
+                    network.module.forward = self.encode.remembering(network)
 
     def prepare(self) -> None:
         """Let come what stays under the plan. A second call does nothing. An error leaves nothing behind."""
@@ -226,7 +282,7 @@ class Stage:
             return
         if self.encoders_leave:
             # An encoder may still be here after an interrupt.
-            self._leave(*ENCODERS, *(CORE if name == T5 and self.plan.strategy.t5_alone else ()))
+            self.leave(*ENCODERS, *(CORE if name == T5 and self.plan.strategy.t5_alone else ()))
         network.come(self.device)
 
     def unload(self) -> None:
@@ -267,52 +323,9 @@ class Stage:
             self.networks[T5] = self._open(T5) if "nf4" in (plan.t5, old.t5) and plan.t5 != old.t5 else t5
             self.networks[T5].plan = plan
             self.pipe.register_modules(**{T5: self.networks[T5].module})
-        self._known.clear()
+        self.encode.forget()
         self.attach()
         return sentence
-
-    @torch.no_grad()
-    def encode(self, prompt: str, negative_prompt: str = "") -> dict[str, torch.Tensor]:
-        """What the pipeline takes in the place of the two texts: embeddings (1, L, D) and pooled ones (1, P) of each.
-
-        The same numbers as `pipe.encode_prompt`, but each encoder is read once, for all the texts, and only if one of
-        them is new.
-        """
-        pipe, texts = self.pipe, [prompt, negative_prompt]
-        if self.encoders_leave:
-            for name, tokenizer in ENCODERS.items():
-                if name in self.networks:
-                    length = T5_TOKENS if name == T5 else pipe.tokenizer_max_length
-                    how = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
-                    more = {} if name == T5 else {"output_hidden_states": True}  # as the pipeline asks it
-                    self.networks[name].module(getattr(pipe, tokenizer)(texts, **how).input_ids, **more)
-        found = pipe.encode_prompt(prompt, None, None, negative_prompt=negative_prompt)
-        names = "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"
-        return {name: one.to(getattr(torch, self.plan.dtype)) for name, one in zip(names, found, strict=True)}
-
-    def _remembering(self, network: Network):
-        """The network's forward, which reads each text once and leaves: what it said of the latest is kept in RAM."""
-        ask, kept = network.module.forward, self._known.setdefault(network.name, {})
-
-        @wraps(ask)
-        def forward(input_ids: torch.Tensor, **more):
-            keys = [(tuple(row), *sorted(more.items())) for row in input_ids.tolist()]
-            adapted = getattr(network.module, "peft_config", None)  # then the answer depends on more than the text
-            known = {} if adapted else kept
-            new = {key: row for key, row in zip(keys, input_ids, strict=True) if key not in known}
-            try:
-                with letting_go():
-                    for key, row in new.items():
-                        known[key] = _moved([ask(row[None].to(self.device), **more)], "cpu")
-            finally:
-                if network.here:
-                    self._leave(network.name)
-            answer = _moved([known[key] for key in keys], self.device)
-            for key in list(known)[:-REMEMBERED]:
-                del known[key]
-            return answer
-
-        return forward
 
     def _offload(self) -> None:
         if all(network.here for name, network in self.networks.items() if name in CORE):
@@ -333,7 +346,8 @@ class Stage:
                 use_stream=self.device.type == "cuda",  # copies the next block while this one computes
             )
 
-    def _leave(self, *names: str) -> None:
+    def leave(self, *names: str) -> None:
+        """Let these networks leave, those of them that are here."""
         here = [self.networks[name] for name in names if name in self.networks and self.networks[name].here]
         for network in here:
             network.leave()
