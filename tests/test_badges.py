@@ -1,6 +1,8 @@
 """The badges tool, and the setup cell that it spreads."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -58,7 +60,10 @@ def test_a_second_run_changes_nothing_and_the_way_back_is_open(root):
     assert contents(root) == first
 
 
-@pytest.mark.parametrize("repo", ["", "name", "a/b/c", "https://github.com/a/b", "a b/c", "a/b.git"])
+BAD_NAMES = ["", "name", "a/b/c", "https://github.com/a/b", "a b/c", "a/b.git", "a/..", "a/.", "../b", "a/b\n", "a/b;c"]
+
+
+@pytest.mark.parametrize("repo", BAD_NAMES)
 def test_a_bad_name_gets_one_sentence_and_changes_nothing(root, repo, capsys):
     before = contents(root)
     assert badges.main([repo], root) == 2
@@ -104,3 +109,71 @@ def test_setup_on_colab_clones_once_and_installs_what_is_missing(monkeypatch, tm
     monkeypatch.chdir(tmp_path)  # what a restarted kernel does
     run_setup(monkeypatch, badges.setup_cell())
     assert [command[0] for command in commands] == ["git", sys.executable, sys.executable]
+
+
+# The Makefile, with what it calls taken from a stand-in.
+
+GIVEN = [
+    "$(shell touch made)",
+    "`touch made`",
+    "$$(touch made)",
+    '"; touch made; "',
+    "'; touch made; '",
+    "$(error x)",
+    "a/..",
+]
+
+
+@pytest.fixture
+def makefile(tmp_path):
+    """The repository's Makefile alone, and a Python that only says how it was called."""
+    if shutil.which("make") is None:
+        pytest.skip("there is no make")
+    for name in ("Makefile", *(path.name for path in badges.ROOT.glob("*.txt"))):
+        shutil.copy(badges.ROOT / name, tmp_path)
+    (tmp_path / "python").write_text('#!/bin/sh\nfor word in "$@"; do printf "[%s]" "$word"; done\n')
+    (tmp_path / "python").chmod(0o755)
+
+    def run(*arguments, **environment):
+        command = ["make", "PYTHON=./python", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **environment})
+
+    run.folder = tmp_path
+    return run
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_make_badges_runs_nothing_of_what_it_is_given(makefile, given):
+    for done in (makefile("badges", f"REPO={given}"), makefile("badges", REPO=given)):
+        assert done.returncode == 0 and done.stdout == f"[-m][tools.badges][{given}]", done.stderr
+        assert not (makefile.folder / "made").exists()
+
+
+def test_make_calls_no_script_that_names_a_path(makefile):
+    """Such scripts break when the repository moves; `python -m` does not."""
+    done = makefile("-n", "lab", "test", "test-colab", "test-gpu", "train", "evaluate")
+    assert done.returncode == 0, done.stderr
+    programs = set(re.findall(r"\.venv(?:-colab)?/bin/(\w+)", done.stdout))
+    assert programs == {"python"}
+
+
+def test_make_clean_leaves_what_was_made_with_effort(makefile):
+    for name in (".venv", ".venv-colab", "models", "outputs", "build", ".pytest_cache", "tests/__pycache__"):
+        (makefile.folder / name).mkdir(parents=True)
+    assert makefile("clean").returncode == 0
+    left = {path.name for path in makefile.folder.iterdir() if path.is_dir()}
+    assert left == {".venv", ".venv-colab", "models", "outputs", "tests"}
+    assert makefile("distclean").returncode == 0
+    assert not (makefile.folder / ".venv").exists() and not (makefile.folder / ".venv-colab").exists()
+
+
+def test_make_says_what_is_missing(makefile):
+    done = makefile("lab", "PYTHON=./no-python")
+    assert done.returncode != 0 and "There is no ./no-python: install Python 3.11 or newer" in done.stdout
+
+
+def test_make_makes_an_environment_again_whose_python_is_gone(makefile):
+    (makefile.folder / ".venv" / "bin").mkdir(parents=True)
+    (makefile.folder / ".venv" / "bin" / "python").symlink_to("/no/such/python")
+    (makefile.folder / ".venv" / "installed").touch()
+    assert "Creating .venv" in makefile("train").stdout

@@ -71,7 +71,7 @@ def rewrite(root: Path, new: str) -> list[Path]:
 
 def main(arguments: list[str], root: Path = ROOT) -> int:
     repo = arguments[0] if len(arguments) == 1 else ""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*/[A-Za-z0-9._-]+(?<!\.git)", repo):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*/(?!\.{1,2}$)[A-Za-z0-9._-]+(?<!\.git)", repo):
         print(f"Name the repository as on GitHub: make badges REPO=owner/name (got {repo!r}).", file=sys.stderr)
         return 2
     for path in rewrite(root, repo):
