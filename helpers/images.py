@@ -1,20 +1,25 @@
 """Pictures on the page and on disk: labelled grids, tensors as pictures, PNG files that know how they were drawn."""
 
+import io
+import itertools
 import json
 import os
 import re
-import tempfile
+import uuid
+from bisect import bisect_left
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from helpers.loading.registry import ROOT as ROOT
 from helpers.settings import Settings
 
-ROOT = Path(__file__).resolve().parent.parent
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 CELL = 160  # pixels; smaller pictures are enlarged by a whole factor, so that a label has room beside them
 GAP = 8
 FONT_SIZE = 15
@@ -88,16 +93,21 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
     for paragraph in text.split("\n"):
         line = ""
         for word in paragraph.split():
-            if line and font.getlength(f"{line} {word}") > width:
+            if line and not _fits(f"{line} {word}", font, width):
                 lines.append(line)
                 line = ""
             line = f"{line} {word}" if line else word
-            while font.getlength(line) > width and len(line) > 1:
-                end = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or font.getlength(line[:n]) <= width)
+            while len(line) > 1 and not _fits(line, font, width):
+                ends = range(1, min(len(line), int(width) + 1))  # longer ones fit less
+                end = max(1, bisect_left(ends, True, key=lambda end, line=line: not _fits(line[:end], font, width)))
                 lines.append(line[:end])
                 line = line[end:]
         lines.append(line)
     return lines
+
+
+def _fits(line: str, font: ImageFont.FreeTypeFont, width: float) -> bool:
+    return len(line) <= width and font.getlength(line) <= width  # a letter is a pixel at least, and long lines are slow
 
 
 def to_image(tensor: torch.Tensor) -> Image.Image | list[Image.Image]:
@@ -122,81 +132,116 @@ def save(
 
     A picture from `generate` knows what drew it, its own seed in a batch included, and that is what is stored;
     `settings` is for pictures from elsewhere. A relative `folder` is in the repository. The file appears whole or not
-    at all. Raises ValueError without any settings, OSError in one sentence where nothing can be written.
+    at all, an interrupt included. Raises ValueError without any settings, OSError in one sentence where nothing can be
+    written.
     """
-    settings = image.info.get("settings") or settings
+    model = image.info.get("model", "")
+    known = image.info.get("settings")
+    if isinstance(known, str):  # a picture that was saved and opened again
+        try:
+            found = _parse(known)
+            known, model = _settings(found), found.get("model", "")
+        except (ValueError, RecursionError):
+            known = None
+    settings = known or settings
     if settings is None:
         raise ValueError("Nothing is known about this picture: give its settings too, save(image, settings).")
-    folder = ROOT / folder
+    folder = ROOT / Path(folder).expanduser()
     record = {
         "settings": asdict(settings),
-        "model": image.info.get("model", ""),
+        "model": model,
         "versions": {library: version(library) for library in LIBRARIES},
     }
     chunks = PngImagePlugin.PngInfo()
-    chunks.add_itxt("settings", json.dumps(record, ensure_ascii=False, default=str))
-    chunks.add_itxt("parameters", _parameters(settings, record["model"], image.size))
+    for key, text in (
+        ("settings", json.dumps(record, ensure_ascii=False, default=str)),
+        ("parameters", _parameters(settings, record["model"], image.size)),
+    ):
+        chunks.add_itxt(key, text.encode("utf-8", "replace").decode())
     # Only letters and digits of any prompt reach the disk, so none can leave the folder.
-    stem = (
-        re.sub(r"[^a-z0-9]+", "-", (name or settings.prompt).lower().removesuffix(".png")).strip("-")[:60] or "picture"
-    )
-    stem = stem if name else f"{stem}-{settings.seed}"
-    temporary = None
+    stem = re.sub(r"[^a-z0-9]+", "-", (name or settings.prompt).lower().removesuffix(".png")).strip("-")[:60]
+    stem = (stem or "picture") if name else f"{stem or 'picture'}-{settings.seed}"
+    content = io.BytesIO()
+    (image if image.mode in PNG_MODES else image.convert("RGB")).save(content, format="PNG", pnginfo=chunks)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
-            temporary = Path(file.name)
-            image.save(file, format="PNG", pnginfo=chunks)
-        temporary.chmod(0o644)  # temporary files are private
-        return _publish(temporary, folder, stem)
+        # An interrupt reaches the main thread alone, so that what another one does is done whole.
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(_write, content.getvalue(), folder, stem).result()
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         place = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
         raise type(error)(
             error.errno, f"The picture was not saved in {place} ({reason}): free some space or choose another folder."
         ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def settings(path: str | Path) -> Settings:
     """The settings inside a PNG that `save` wrote. Raises ValueError, one sentence, if there are none."""
-    stored = record(path)["settings"]
-    known = {field.name for field in fields(Settings)}
-    return Settings(**{key: value for key, value in stored.items() if key in known})
+    return _settings(record(path))
 
 
 def record(path: str | Path) -> dict:
-    """All that `save` wrote into a PNG: {"settings": {...}, "model": name, "versions": {library: version}}."""
+    """All that `save` wrote into a PNG: {"settings": {...}, "model": name, "versions": {library: version}}.
+
+    A relative path is in the repository, as for `save`, or else in the working folder. Raises ValueError, one sentence.
+    """
+    place = Path(path).expanduser()
     try:
-        with Image.open(path) as image:
-            found = json.loads(image.info["settings"])
-        if not isinstance(found["settings"]["prompt"], str):
-            raise TypeError
-    except UnidentifiedImageError as error:
+        with Image.open(ROOT / place if (ROOT / place).exists() else place) as image:
+            return _parse(image.info["settings"])
+    except FileNotFoundError as error:
+        raise ValueError(f"There is no file {path}: choose a PNG that save() wrote.") from error
+    except (OSError, Image.DecompressionBombError, SyntaxError) as error:
         raise ValueError(f"{path} is not a picture: choose a PNG that save() wrote.") from error
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} has no settings inside: only pictures written by save() carry them.") from error
+
+
+def _parse(text: str) -> dict:
+    """The record in a PNG. Raises ValueError, or RecursionError, for anything else."""
+    found = json.loads(text)
+    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+        raise ValueError("no record")
+    if not isinstance(found["settings"].get("prompt"), str):
+        raise ValueError("no prompt")
     return found
 
 
-def _publish(temporary: Path, folder: Path, stem: str) -> Path:
-    """Give the finished file the first free name. A name is taken by creating it, so two writers never share one."""
-    number = 1
-    while True:
-        path = folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
-        try:
-            path.open("xb").close()
-        except FileExistsError:
-            number += 1
-            continue
+def _settings(record: dict) -> Settings:
+    known = {field.name for field in fields(Settings)}
+    return Settings(**{key: value for key, value in record["settings"].items() if key in known})
+
+
+def _write(content: bytes, folder: Path, stem: str) -> Path:
+    """Write the file and give it the first free name, which two writers never share; nothing is left if that fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{uuid.uuid4().hex}.part"
+    try:
+        temporary.write_bytes(content)
+        for number in itertools.count(1):
+            path = folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
+            try:
+                _rename(temporary, path)
+                return path
+            except FileExistsError:
+                pass
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    """Raises FileExistsError rather than overwrite, also where another process takes the name at this moment."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # some disks, and Google Drive, have no links: there the name is taken before the file is whole
+        path.open("xb").close()
         try:
             os.replace(temporary, path)
         except OSError:
             path.unlink()
             raise
-        return path
 
 
 def _parameters(settings: Settings, model: str, size: tuple[int, int]) -> str:

@@ -213,6 +213,10 @@ def _sentence(error: Exception) -> str:
     """One line to read. ValueError and RuntimeError of ours are sentences already."""
     if isinstance(error, torch.OutOfMemoryError):
         return "The GPU's memory is full: restart the kernel, or draw a smaller picture."
+    if isinstance(error, MemoryError):
+        return "The RAM is full: restart the kernel, or draw a smaller picture."
     text = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
-    first = text[0] if text else type(error).__name__
+    first = text[0] if text else ""
+    if " " not in first:  # a name or a number, which says nothing without the kind of error
+        first = f"{type(error).__name__}: {first}" if first else f"It ended with {type(error).__name__}"
     return first if first.endswith((".", "!", "?")) else f"{first}."
