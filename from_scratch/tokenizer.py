@@ -41,18 +41,19 @@ class Tokenizer:
         whole, parts = folder / "tokenizer.json", (folder / "vocab.json", folder / "merges.txt")
         if not whole.exists() and not all(part.exists() for part in parts):
             raise CheckpointError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt.")
+        settings = folder / "tokenizer_config.json"
+        pad = (read_json(settings).get("pad_token") if settings.exists() else None) or END
+        pad = pad.get("content") if isinstance(pad, dict) else pad
         try:
             self.pieces = tokenizers.Tokenizer.from_file(str(whole)) if whole.exists() else byte_pair_encoding(folder)
+            self.pieces.encode("a sign that few vocabularies have: \u8239")
+            ids = [self.pieces.token_to_id(token) if isinstance(token, str) else None for token in (START, END, pad)]
         except Exception as error:  # the library raises nothing narrower
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"The tokenizer in {folder} is damaged, fetch it again: {reason}.") from None
         self.pieces.no_padding()
         self.pieces.no_truncation()
         self.length = length
-        settings = folder / "tokenizer_config.json"
-        pad = (read_json(settings).get("pad_token") if settings.exists() else None) or END
-        pad = pad.get("content") if isinstance(pad, dict) else pad
-        ids = [self.pieces.token_to_id(token) if isinstance(token, str) else None for token in (START, END, pad)]
         if None in ids:
             raise CheckpointError(f"The tokenizer in {folder} is not CLIP's: it lacks {START}, {END} or {pad!r}.")
         self.start, self.end, self.pad = ids

@@ -80,6 +80,7 @@ CONFIGS = [
     (SCHEDULER, {"beta_schedule": "linear"}, "beta_schedule = 'linear'"),
     (SCHEDULER, {"beta_end": "0.012"}, "beta_end = '0.012'"),
     *((TOKENIZER, {"pad_token": v}, "is not CLIP's: it lacks") for v in ("no such piece", ["!"], {"content": 3})),
+    (TOKENIZER, {"pad_token": "\ud800"}, "is damaged, fetch it again"),
 ]
 
 
@@ -119,6 +120,7 @@ def edited(text: bytes, **changes) -> bytes:
         (lambda text: text.replace(b"<|startoftext|>", b"<|begin|>"), r"lacks <\|startoftext\|>"),
         (lambda text: edited(text, model={"type": "BPE", "vocab": {}, "merges": []}, added_tokens=[]), "lacks"),
         (lambda text: edited(text, model=None), "is damaged, fetch it again"),
+        (lambda text: text.replace(b'"unk_token": "', b'"unk_token": "no such '), "is damaged, fetch it again"),
         (lambda text: text.replace(b'"a</w>": ', b'"a</w>": 99'), "knows more tokens than the text encoder"),
     ],
 )
