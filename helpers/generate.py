@@ -76,12 +76,11 @@ def generate(
     settings = resolve(pipe, settings, image, mask)
     size = settings.width, settings.height
     image, mask = (None if one is None else _fitted(one, mode, size) for one, mode in ((image, "RGB"), (mask, "L")))
-    said = notes(pipe, settings)
-    for sentence in said:
+    for sentence in notes(pipe, settings):
         say(sentence)
     bar = tqdm(total=settings.steps, leave=False, disable=not watched()) if on_step is None else None
     watch = _Watch(on_step, should_stop, bar)
-    with letting_go(), _drawing, one_run_with(pipe, settings.scheduler), _quiet(pipe, bool(said)):
+    with letting_go(), _drawing, one_run_with(pipe, settings.scheduler), _quiet(pipe):
         try:
             latents = _with_less_memory(pipe, _Draw(pipe, settings, image, mask, watch), settings, say)
             pipe.kept_latents = latents  # until they are a picture
@@ -401,14 +400,13 @@ def _require_finite(tensor: torch.Tensor, stage: str) -> None:
 
 
 @contextmanager
-def _quiet(pipe, said: bool) -> Iterator[None]:
-    """Silence the pipeline's own bar, and its warning about a long prompt where ours has said it already."""
+def _quiet(pipe) -> Iterator[None]:
+    """Silence the pipeline's own bar and warnings: `notes` has said what matters, and samplers print all they have."""
     own = dict(getattr(pipe, "_progress_bar_config", {}))
     levels = (diffusers.utils.logging.get_verbosity(), transformers_logging.get_verbosity())
     pipe.set_progress_bar_config(**{**own, "disable": True})
-    if said:
-        diffusers.utils.logging.set_verbosity_error()
-        transformers_logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:

@@ -152,6 +152,10 @@ def _load_planned(cls: type, model: Model, plan: Plan, budget: Budget) -> diffus
     with only_errors():
         from helpers.loading.sd3 import open_pipeline  # seconds, which Stable Diffusion 1.5 need not wait for
 
+    if plan.t5 == "nf4" and not budget.bitsandbytes:
+        raise LoadError(
+            f"The plan {plan.name} needs bitsandbytes: run `pip install bitsandbytes`, then this again; no restart."
+        )
     needed = replace(model, without=(*model.without, *T5_PARTS)) if plan.t5 is None else model
     require_disk(needed, budget)
     folder = folder_of(cls, needed)

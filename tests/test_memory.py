@@ -1,10 +1,15 @@
+import gc
 import time
+import types
+import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from helpers.memory import GIB, Budget, free, meter
+from helpers.loading import machine
+from helpers.memory import GIB, Budget, free, meter, plan
 
 
 def test_budget_of_this_machine():
@@ -35,8 +40,66 @@ def test_meter_is_filled_when_the_block_raises():
     assert used.seconds > 0 and used.peak_ram_gib > 0
 
 
-def test_free_is_safe_anywhere():
+class Circle:
+    """Refers to itself, so that only the garbage collector finds it."""
+
+    def __init__(self):
+        self.itself = self
+
+
+def test_free_collects_what_refers_to_itself():
+    gc.disable()
+    try:
+        gone = weakref.ref(Circle())
+        assert gone() is not None
+        free()
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("device", "emptied"), [("cuda", ["empty_cache", "_host_emptyCache"]), ("mps", ["mps.empty_cache"]), ("cpu", [])]
+)
+def test_free_gives_the_gpus_memory_back(monkeypatch, device, emptied):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: device == "mps")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: calls.append("_host_emptyCache"), raising=False)
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: calls.append("mps.empty_cache"))
     free()
+    assert calls == emptied
+
+
+@pytest.mark.parametrize(
+    ("limit", "free_gib"),
+    [("max", None), (str(8 * GIB), 8 - 3 + 2), (str(2 * GIB), 1.0), (str(GIB // 2), 0.0), ("nonsense", None)],
+)
+def test_a_container_has_less_ram_than_the_machine(tmp_path, monkeypatch, limit, free_gib):
+    """Three GiB are in use, of which two are pages of files that nobody looks at, and so as good as free."""
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text(f"{3 * GIB}\n")
+    (tmp_path / "memory.stat").write_text(f"anon {GIB}\ninactive_file {2 * GIB}\nactive_file 0\n")
+    machine_gib = 100.0
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=machine_gib * GIB))
+    assert Budget.detect().ram_gib == pytest.approx(machine_gib if free_gib is None else free_gib)
+
+
+def test_a_package_that_was_just_installed_counts(tmp_path, monkeypatch):
+    """As after a cell with pip, without a restart."""
+    card = types.SimpleNamespace(total_memory=15 * GIB, major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = Budget.detect()
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes" / "__init__.py").touch()
+    after = Budget.detect()
+    assert after.bitsandbytes and (before.device, before.capability) == ("cuda", (7, 5))
+    if not before.bitsandbytes:
+        assert plan("sd35-medium", replace(after, ram_gib=12.0)).name == "resident-nf4"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -96,6 +96,7 @@ def test_the_t4_in_figures():
     assert bnb.peak_vram_gib == pytest.approx(4.02 + 1.52 + 4.60 + 0.16 + 1.35, abs=0.02)
     assert every["group-offload"].peak_vram_gib < 2.5
     assert every["sequential-offload"].peak_vram_gib == pytest.approx(0.42 + 1.35, abs=0.01)  # the position table stays
+    assert every["group-offload"].peak_ram_gib == pytest.approx(2.5 + 1.6 * 4.60, abs=0.01)  # pinned
     ampere = plans(SD35, replace(T4, capability=(8, 6)))
     assert every["staged"].t5 == "float16" and ampere["staged"].t5 == "bfloat16"
     assert ampere["staged"].peak_vram_gib == pytest.approx(8.87 + 0.1, abs=0.01)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from hub import Hub
 from huggingface_hub import constants
 from PIL import Image
@@ -21,6 +22,7 @@ from helpers.loading.plan import RELATIVE_TIME, WITHOUT_T5, plans
 from helpers.loading.registry import MODELS, Model
 from helpers.memory import Budget
 from helpers.pipelines import LoadError, load
+from helpers.preview import LiveMeter
 
 PROMPT = "a red boat by the sea"
 NETWORKS = ["text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae"]
@@ -486,3 +488,74 @@ def test_without_a_name_a_plan_is_made(model):
     assert load(model).plan.name == "cpu"
     card = Budget("cuda", 14.75, 12.7, (7, 5), 50.0)
     assert load(model, replace(plans(model, card)["staged"], dtype="float32", t5="float32")).plan.name == "staged"
+
+
+@pytest.fixture
+def offloading(monkeypatch):
+    """diffusers' own offloading, with the CPU in the GPU's place."""
+    monkeypatch.setattr(sd3.Stage, "offload", property(lambda stage: stage.plan.strategy.offload))
+
+
+@pytest.mark.parametrize("name", ["model-offload", "group-offload"])
+def test_offloading_of_diffusers_draws_the_same(model, offloading, name):
+    expected = draw(load(model, "no-t5"))
+    pipe = load(model, name)
+    drawn = [draw(pipe), draw(pipe)]
+    hooked = {
+        "model-offload": hasattr(pipe.transformer, "_hf_hook") and len(getattr(pipe, "_all_hooks", [])) == 4,
+        "group-offload": hasattr(pipe.transformer, "_diffusers_hook") and not hasattr(pipe.transformer, "_hf_hook"),
+    }
+    assert hooked[name]
+    assert LiveMeter(pipe).rgb.weight.shape == (16, 3)
+    pipe.unload()
+    assert here(pipe) == []
+    drawn.append(draw(pipe))
+    assert all(np.abs(one - expected).max() <= 1 for one in drawn)
+    assert draw(pipe, PROMPT, picture(), steps=4).std() > 1
+
+
+def test_sequential_offloading_is_asked_of_diffusers(model, offloading, monkeypatch):
+    """accelerate cannot copy from the CPU to the CPU, so that only the call is looked at here."""
+    asked = []
+    monkeypatch.setattr(
+        diffusers.StableDiffusion3Pipeline,
+        "enable_sequential_cpu_offload",
+        lambda pipe, device: asked.append((device, here(pipe))),
+    )
+    pipe = load(model, "sequential-offload")
+    assert asked == [(torch.device("cpu"), NETWORKS)] and not hasattr(pipe.transformer, "_hf_hook")
+    pipe.unload()
+    assert here(pipe) == []
+
+
+def test_an_offloaded_pipeline_that_was_left_early_is_called_back(model, offloading, monkeypatch):
+    pipe, calls = load(model, "model-offload"), []
+    own = pipe.maybe_free_model_hooks
+    monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: calls.append(None) or own())
+    assert generate(pipe, Settings(PROMPT), should_stop=lambda: True) == []
+    assert len(calls) == 1
+
+
+def test_four_bits_are_asked_of_transformers(model, monkeypatch):
+    """The call that a CPU cannot make: T5 alone, on the GPU, in bfloat16 where it is not in four bits."""
+    asked, own = [], transformers.T5EncoderModel.from_pretrained
+
+    def from_pretrained(folder, quantization_config=None, device_map=None, **more):
+        asked.append((Path(folder).name, quantization_config, device_map, more["dtype"]))
+        return own(folder, **more)
+
+    monkeypatch.setattr(transformers.T5EncoderModel, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(transformers, "BitsAndBytesConfig", lambda **how: how)
+    monkeypatch.setattr(Budget, "detect", classmethod(lambda cls: Budget("cpu", 0.0, 8.0, None, 50.0, True)))
+    card = plans(model, Budget("cuda", 14.75, 12.7, (7, 5), 50.0, True))
+    for name in ("resident-nf4", "staged-nf4"):
+        asked.clear()
+        pipe = load(model, card[name])
+        (found,) = asked
+        assert found[0] == "text_encoder_3" and found[2:] == ({"": torch.device("cpu")}, torch.bfloat16)
+        assert found[1] == {
+            "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float16
+        }  # fmt: skip
+        assert draw(pipe).std() > 1 and ("text_encoder_3" in here(pipe)) == (name == "resident-nf4")
+        pipe.unload()
+        assert draw(pipe).std() > 1 and len(asked) == 1  # made once

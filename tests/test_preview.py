@@ -142,6 +142,15 @@ def test_the_meter_in_plain_python(sd15, capsys):
     assert capsys.readouterr().out.startswith("step 1 of 1, RAM")
 
 
+def test_the_meter_computes_where_the_pipeline_does(sd15, monkeypatch):
+    """Where a VAE is offloaded, its own device is another one."""
+    seen = []
+    monkeypatch.setattr(preview, "fit_rgb", lambda vae, device: seen.append(device))
+    monkeypatch.setattr(type(sd15), "_execution_device", torch.device("meta"))
+    LiveMeter(sd15)
+    assert seen == [torch.device("meta")]
+
+
 @pytest.mark.parametrize(("ram", "leaves"), [(8.0, False), (0.3, True)])
 def test_the_meter_waits_where_the_vae_comes_later(sd3_model, ram, leaves, capsys):
     pipe = load(sd3_model, plans(sd3_model, Budget("cpu", 0.0, ram, None, 50.0))["staged"])

@@ -123,13 +123,15 @@ def _free_ram() -> int:
     available = psutil.virtual_memory().available
     try:
         limit = (CGROUP / "memory.max").read_text().strip()
+        if limit == "max":
+            return available
         used = int((CGROUP / "memory.current").read_text())
         # Pages of files that were read are counted as used, and given back whenever something needs the room.
         stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        left = int(limit) - used + int(stat.get("inactive_file", 0))
     except (OSError, ValueError):
         return available
-    used -= int(stat.get("inactive_file", 0))
-    return available if limit == "max" else min(available, max(0, int(limit) - used))
+    return min(available, max(0, left))
 
 
 def _free_disk() -> int:
