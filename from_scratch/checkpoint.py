@@ -176,7 +176,7 @@ def level_widths(entries: Entries, prefix: str, settings: dict) -> list[int]:
     """The channels of each level. Raises ValueError if the settings are for others."""
     levels = count(entries, f"{prefix}down_blocks.")
     widths = [entries[f"{prefix}down_blocks.{n}.resnets.0.conv1.weight"].shape[0] for n in range(levels)]
-    if settings.get("block_out_channels", widths) != widths:
+    if list(settings.get("block_out_channels", widths)) != widths:
         raise ValueError(f"block_out_channels is {settings['block_out_channels']!r}, not {widths}")
     return widths
 
@@ -187,15 +187,15 @@ def make_unet(entries: Entries, settings: dict) -> UNet:
     # diffusers means the number of heads by attention_head_dim; it may be one number, or one for each level.
     name = "attention_head_dim" if settings.get("num_attention_heads") is None else "num_attention_heads"
     each = settings[name] if isinstance(settings.get(name), list) else [settings.get(name)] * len(widths)
-    heads = [share({name: value}, name, 8, width) for value, width in zip(each, widths, strict=True)]
+    attend = [count(entries, f"down_blocks.{n}.attentions.") for n in range(len(widths))]
     return UNet(
         in_channels=entries["conv_in.weight"].shape[1],
         out_channels=entries["conv_out.weight"].shape[0],
         widths=widths,
         layers=count(entries, "down_blocks.0.resnets."),
         context_channels=entries["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1],
-        heads=[h if count(entries, f"down_blocks.{n}.attentions.") else None for n, h in enumerate(heads)],
-        mid_heads=heads[-1],
+        heads=[share({name: h}, name, 8, w) if a else None for h, w, a in zip(each, widths, attend, strict=True)],
+        mid_heads=share({name: each[-1]}, name, 8, widths[-1]),
         groups=share(settings, "norm_num_groups", 32, math.gcd(*widths)),
     )
 
@@ -245,7 +245,7 @@ def load(path: str | Path, config: str | Path | None = None, dtype=torch.float32
     diffusers to take them from; without, they are SD1.5's. `dtype` is what the weights become. `fast` takes the layers
     of `fast_cpu` on a CPU, False the plain ones there too. Raises CheckpointError, one sentence.
     """
-    path, device = Path(path), torch.device(device)
+    path, device = Path(path), torch.empty(0, device=device).device
     if not path.exists():
         raise CheckpointError(f"There is no {path}.")
     folder = Path(config) if config else path if path.is_dir() else None
@@ -259,7 +259,7 @@ def load(path: str | Path, config: str | Path | None = None, dtype=torch.float32
             made[part] = fill(speed_up(module) if fast and device.type == "cpu" else module, parts[part], dtype, device)
         except (LookupError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             reason = "there is no " * isinstance(error, KeyError) + str(error).partition("\n")[0].rstrip(".")
-            raise CheckpointError(f"The {part} in {path} is not Stable Diffusion 1.x's: {reason}.") from None
+            raise CheckpointError(f"The {part} in {path} cannot be loaded: {reason}.") from None
     text_encoder, vae, unet = made.values()
     latents, tokens = vae.latent_channels, text_encoder.token_embedding
     found = (unet.conv_in.in_channels, unet.conv_out.out_channels, unet.context_channels)

@@ -69,8 +69,22 @@ def check_access(repo_id: str, filename: str = "model_index.json") -> None:
     try:
         huggingface_hub.hf_hub_download(repo_id, filename)
     except HUB_ERRORS as error:
-        # Not `from error`: a notebook's verbose traceback would show the client's variables, the token among them.
-        raise AccessError(explain(error, repo_id)) from None
+        raise AccessError(explain(error, repo_id)) from without_frames(error)
+
+
+def without_frames(error: BaseException) -> BaseException:
+    """The error without its traceback, and those of all that led to it; to be raised from.
+
+    A notebook's verbose traceback (%xmode Verbose) would show the Hub client's variables, the token among them.
+    """
+    left, seen = [error], set()
+    while left:
+        one = left.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            one.__traceback__ = None
+            left += [one.__cause__, one.__context__]
+    return error
 
 
 def explain(error: BaseException, repo_id: str) -> str:
