@@ -1,12 +1,25 @@
 import inspect
+from dataclasses import replace
 
+import diffusers
 import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 import helpers.generate
-from helpers.generate import FLOW_SCHEDULERS, Settings, cut_off, generate, notes, resolve, schedulers, unknown_words
+from helpers.generate import (
+    FLOW_SCHEDULERS,
+    Settings,
+    cut_off,
+    decode,
+    generate,
+    notes,
+    resolve,
+    schedulers,
+    unknown_words,
+)
 from helpers.pipelines import MODELS, Model, load
 
 PROMPT = "a red boat by the sea"
@@ -195,6 +208,50 @@ def test_numbers_that_are_not_finite_name_the_stage(pipe, part, stage):
         module.bias.fill_(float("nan"))
     with pytest.raises(RuntimeError, match=stage):
         generate(pipe, Settings(PROMPT, steps=2))
+
+
+def test_infinity_does_not_become_white(pipe):
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias.fill_(float("inf"))
+    with pytest.raises(
+        RuntimeError, match=r"infinite numbers in the decoded picture: lower the guidance, or load anew\.$"
+    ):
+        generate(pipe, Settings(PROMPT, steps=2))
+
+
+def test_what_float16_cannot_hold_is_decoded_in_float32(pipe):
+    pipe.vae.half()
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.weight.fill_(6e4)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half()
+    assert not torch.isfinite(pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample).all()
+    pixels = decode(pipe, latents)
+    assert pixels.dtype == torch.float32 and torch.isfinite(pixels).all() and pipe.vae.dtype == torch.float16
+
+
+def test_sd15_starts_from_a_picture_as_the_library_does(pipe):
+    ramp = np.linspace(0, 255, 64).astype(np.uint8)
+    start = Image.fromarray(
+        np.stack([ramp[None].repeat(64, 0), ramp[:, None].repeat(64, 1), 0 * ramp[None].repeat(64, 0)], -1)
+    )
+    mask = Image.fromarray(np.repeat([0, 255], 32).astype(np.uint8)[None].repeat(64, 0))
+    ask = {"num_inference_steps": 6, "guidance_scale": 3.0, "strength": 0.5, "image": start}
+    for cls, more in (("Img2Img", {}), ("Inpaint", {"mask_image": mask, "height": 64, "width": 64})):
+        parts = {**pipe.components, "requires_safety_checker": False}
+        theirs = getattr(diffusers, f"StableDiffusion{cls}Pipeline")(**parts)
+        theirs.set_progress_bar_config(disable=True)
+        drawn = theirs(PROMPT, **ask, **more, generator=torch.Generator().manual_seed(5)).images[0]
+        settings = Settings(PROMPT, steps=6, guidance=3.0, strength=0.5, seed=5)
+        mine = generate(pipe, settings, start, more.get("mask_image"))
+        assert np.abs(pixels(mine[0]) - pixels(drawn)).max() <= 1
+        assert mine[0].info["settings"].strength == 0.5
+        batch = generate(pipe, replace(settings, seed=4, count=2), start, more.get("mask_image"))
+        assert np.abs(pixels(batch[1]) - pixels(mine[0])).max() <= 1
+        larger = generate(
+            pipe, replace(settings, height=72, width=96), start.resize((300, 300)), more.get("mask_image")
+        )
+        assert larger[0].size == (96, 72)
+    assert resolve(pipe, Settings(PROMPT), start).strength == 0.8 and resolve(pipe, Settings(PROMPT)).strength is None
 
 
 def test_design_names():

@@ -482,6 +482,12 @@ def test_too_little_disk_is_said_before_the_download(tmp_path, monkeypatch):
         load("sd35-medium", "staged")
     with pytest.raises(LoadError, match="HF_HUB_OFFLINE is set"):  # without T5 it is 6.3 GiB
         load("sd35-medium", "no-t5")
+    blobs = tmp_path / "models--stabilityai--stable-diffusion-3.5-medium" / "blobs"
+    blobs.mkdir(parents=True)
+    with open(blobs / "half.incomplete", "wb") as half:
+        half.truncate(6 * 2**30)  # takes no room on the disk
+    with pytest.raises(LoadError, match="HF_HUB_OFFLINE is set"):  # what was downloaded before counts
+        load("sd35-medium", "staged")
 
 
 def test_without_a_name_a_plan_is_made(model):
