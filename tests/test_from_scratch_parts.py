@@ -3,6 +3,7 @@
 import pytest
 import random_sd
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 
 from benchmarks.parity_full import difference, ours
@@ -117,6 +118,22 @@ def test_unet_of_other_widths_and_depths(layers, widths, plain):
     x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 20, 48)
     times = torch.tensor([21])
     assert difference(ours("unet", theirs)(x, times, context), theirs(x, times, context).sample) < TOLERANCE
+
+
+def test_a_first_level_without_attention():
+    """As in the bundled model; its channels need not suit the heads of the others."""
+    theirs = UNet2DConditionModel(
+        block_out_channels=(36, 64, 96),
+        layers_per_block=1,
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=4,
+    )
+    theirs = random_sd.randomise(theirs, 1)
+    x, context = torch.randn(1, 4, 16, 16), torch.randn(1, 9, 32)
+    assert difference(ours("unet", theirs)(x, 5, context), theirs(x, 5, context).sample) < TOLERANCE
 
 
 def test_a_batch_may_be_at_different_times(unets):
