@@ -2,8 +2,9 @@
 
 Radford et al., 2021. The text half then conditions the pipelines, as in Stable Diffusion. Each picture
 must also tell its caption from two near misses of it, with places or colours exchanged (NegCLIP,
-Yuksekgonul et al., 2022): without them hardly any batch asks where things stand, and the text half
-does not learn to say it.
+Yuksekgonul et al., 2022), and the text's end token must name what the caption says, since whatever it
+drops the denoisers never hear. With the first loss alone a linear probe finds positions in 80 % of the
+end tokens: hardly any batch asks where things stand.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 from storybook import world
 from storybook.train import data
 from storybook.train.loop import Schedule, keep_log, train
-from storybook.world import COLOURS, KINDS, POSITIONS, RELATIONS, Scene
+from storybook.world import COLOURS, KINDS, POSITIONS, RELATIONS, SETTINGS, Scene
 
 MAX_TOKENS = 32  # the longest caption takes 23; SD1.5 has 77
 OUT = Path("models/storybook-clip")
@@ -99,25 +100,49 @@ def recoloured(scene: Scene, rng: random.Random) -> Scene:
     return replace(scene, things=(*things[:which], thing, *things[which + 1 :]))
 
 
+ANSWERS = {"kind": tuple(KINDS), "colour": tuple(COLOURS), "setting": SETTINGS, "position": POSITIONS}
+ANSWERS |= {"relation": RELATIONS, "second kind": ANSWERS["kind"], "second colour": ANSWERS["colour"]}
+
+
+def said(scene: Scene) -> list[int]:
+    """For each of `ANSWERS` the number of what the scene says, -100 (ignored by the loss) where it says nothing."""
+    first, second = (*scene.things, None)[:2]
+    told = (first.kind, first.colour, scene.setting, first.position, scene.relation)
+    told += (second.kind, second.colour) if second else (None, None)
+    return [options.index(what) if what else -100 for options, what in zip(ANSWERS.values(), told, strict=True)]
+
+
 class ClipObjective(nn.Module):
-    """Within a batch, each picture must find its caption, near misses among them, and each caption its picture."""
+    """Each picture must find its caption, near misses among them, each caption its picture, and say its content."""
 
     def __init__(self, clip: CLIPModel):
         super().__init__()
         self.clip = clip
+        width = clip.config.text_config.hidden_size
+        self.heads = nn.ModuleList(nn.Linear(width, len(options)) for options in ANSWERS.values())
 
-    def forward(self, images, token_ids):
-        """images (B, 3, H, W) in [-1, 1]; token_ids (3 B, T): B captions, B misplaced and B recoloured ones."""
-        logits = self.clip(input_ids=token_ids, pixel_values=images).logits_per_image.float()  # (B, 3 B)
+    def forward(self, images, token_ids, answers):
+        """images (B, 3, H, W) in [-1, 1]; token_ids (3 B, T): B captions, B misplaced, B recoloured; answers (B, 7)."""
+        out = self.clip(input_ids=token_ids, pixel_values=images)
+        logits = out.logits_per_image.float()  # (B, 3 B)
         count = len(images)
         own = torch.arange(count, device=logits.device)
         # of the near misses each picture meets only its own two: those of others are easy
         near = torch.stack([logits[own, own + count], logits[own, own + 2 * count]], 1)
-        to_texts = torch.cat([logits[:, :count], near], 1)
-        to_images = logits[:, :count].T
-        loss = (nn.functional.cross_entropy(to_texts, own) + nn.functional.cross_entropy(to_images, own)) / 2
-        told = (logits[own, own, None] > near).all(1).float().mean()
-        return {"loss": loss, "matched": (to_images.argmax(1) == own).float().mean(), "told_from_misses": told}
+        to_texts, to_images = torch.cat([logits[:, :count], near], 1), logits[:, :count].T
+        matching = (nn.functional.cross_entropy(to_texts, own) + nn.functional.cross_entropy(to_images, own)) / 2
+        end_states = out.text_model_output.pooler_output[:count]
+        naming = sum(
+            nn.functional.cross_entropy(head(end_states).float(), answers[:, i], reduction="sum")
+            for i, head in enumerate(self.heads)
+        )  # a mean would be 0 / 0 where no caption of the batch says such a thing
+        told = (logits[own, own][:, None] > near).all(1).float().mean()
+        return {
+            "loss": matching + naming / count,
+            "matched": (to_images.argmax(1) == own).float().mean(),
+            "told_from_misses": told,
+            "naming": naming / count,
+        }
 
 
 def main(argv=None) -> None:
@@ -128,8 +153,8 @@ def main(argv=None) -> None:
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--pictures", type=int, default=60_000)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=192)
+    parser.add_argument("--steps", type=int, default=550)
+    parser.add_argument("--batch-size", type=int, default=128)
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     tokenizer = new_tokenizer()
@@ -143,7 +168,8 @@ def main(argv=None) -> None:
         # the same seed: a near miss has the wording of its caption
         texts = data.captions(shown, seed) + data.captions([misplaced(scene, rng) for scene in shown], seed)
         texts += data.captions([recoloured(scene, rng) for scene in shown], seed)
-        return data.to_tensor(images[indices.numpy()]), tokenize(tokenizer, texts)
+        answers = torch.tensor([said(scene) for scene in shown])
+        return data.to_tensor(images[indices.numpy()]), tokenize(tokenizer, texts), answers
 
     schedule = Schedule(args.steps, args.batch_size, 1e-3, weight_decay=0.05)
     run = train(args.name, ClipObjective(clip), clip, make_batch, args.pictures, schedule)

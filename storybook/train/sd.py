@@ -143,7 +143,7 @@ def main(argv=None) -> None:
     def sample(step):
         glance(assemble(unet, text_encoder, vae, tokenizer), RUNS / "sd" / f"samples-{step:06d}.png")
 
-    schedule = Schedule(args.steps, args.batch_size, args.learning_rate, warmup=200, ema_decay=0.9995, save_every=500)
+    schedule = Schedule(args.steps, args.batch_size, args.learning_rate, warmup=200, ema_decay=0.9995, save_every=1000)
     run = train("sd", NoisePrediction(unet, text_encoder), unet, make_batch, len(by_things), schedule, sample)
     export(assemble(unet, text_encoder, vae, tokenizer), args.out)
     keep_log(run, args.out)
