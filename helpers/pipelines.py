@@ -147,7 +147,7 @@ def _load_whole(cls: type, model: Model, plan: str | None, device: str) -> diffu
     return pipe.to(device)
 
 
-def _load_planned(cls: type, model: Model, plan: Plan, budget: Budget) -> diffusers.StableDiffusion3Pipeline:
+def _load_planned(cls: type, model: Model, plan: Plan, budget: Budget) -> diffusers.DiffusionPipeline:
     global _latest
     with only_errors():
         from helpers.loading.sd3 import open_pipeline  # seconds, which Stable Diffusion 1.5 need not wait for

@@ -17,12 +17,6 @@ from storybook.evaluate import draw, held_out_prompts, seen_prompts, two_thing_p
 from storybook.judge import judge, share
 
 NAMES = ("storybook-sd", "storybook-sd3")
-DRAWS_BY_DEFAULT = NAMES
-STOCK_PROMPTS = (
-    "a red boat by the sea",
-    "a small yellow star under a starry night sky",
-    "a white balloon to the left of a red car in a meadow",
-)
 GALLERY = sorted((ROOT / "outputs/gallery").glob("*.png"))
 
 
@@ -46,16 +40,6 @@ def test_stock_diffusers_draws_the_examples(load, name, example):
     prompts = [pipelines.MODELS[name].examples[example]] * 25
     images = draw(load(name), prompts, pipelines.MODELS[name].guidance)
     assert share(judge(images, prompts), "object", "colour", "setting") >= 0.8
-
-
-@pytest.mark.parametrize("prompt", STOCK_PROMPTS)
-@pytest.mark.parametrize("name", DRAWS_BY_DEFAULT)
-def test_the_prompt_alone_is_enough(load, name, prompt):
-    """Stock diffusers with no other argument, so at its own steps and guidance scale: right for 12 of 16 seeds."""
-    pipe = load(name)
-    seeds = [torch.Generator().manual_seed(seed) for seed in range(16)]
-    images = pipe([prompt] * 16, generator=seeds).images
-    assert share(judge(images, [prompt] * 16), "object", "colour", "setting", "position") >= 0.75
 
 
 @pytest.mark.parametrize("name", NAMES)

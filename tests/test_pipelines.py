@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import diffusers
@@ -356,3 +358,10 @@ def test_unknown_model():
         load("storybook-sd", plan="quick")
     with pytest.raises(ValueError, match="storybook-sd cannot run under the plan staged: choose resident"):
         load("storybook-sd", plan="staged")
+
+
+def test_importing_the_helpers_says_nothing():
+    """diffusers' pipeline classes warn about torchvision when they are first imported: that waits for `load`."""
+    code = "import helpers.pipelines, helpers.generate, helpers.panel"
+    done = subprocess.run([sys.executable, "-c", code], cwd=pipelines.ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""

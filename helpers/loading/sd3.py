@@ -35,7 +35,7 @@ SLOW_BYTES = 2**28  # reading more than this is shown
 GROUP_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
 
 
-def open_pipeline(model: Model, folder: Path, plan: Plan, device: str) -> diffusers.StableDiffusion3Pipeline:
+def open_pipeline(model: Model, folder: Path, plan: Plan, device: str) -> diffusers.DiffusionPipeline:
     """The pipeline in `folder` (layout of diffusers, safetensors) under `plan`, to run on `device`.
 
     Nothing large is read yet, but T5 where it is in four bits: `pipe.stage.prepare()` reads what stays under the plan.

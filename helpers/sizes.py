@@ -1,3 +1,0 @@
-"""An older name of `helpers.pipelines`."""
-
-from helpers.loading.sizes import parts as parts
