@@ -136,7 +136,9 @@ def makefile(tmp_path):
 
     def run(*arguments, **environment):
         command = ["make", "PYTHON=./python", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **environment})
+        # as called by hand, not from within the `make test` that may be running this
+        outside = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**outside, **environment})
 
     run.folder = tmp_path
     return run
