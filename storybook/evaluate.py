@@ -30,6 +30,7 @@ from storybook.world import HELD_OUT, SETTINGS, Scene, Thing, caption, complete,
 STEPS = 25
 # what the stock pipelines do when they are given a prompt and nothing else
 STOCK = {"StableDiffusionPipeline": (50, 7.5), "StableDiffusion3Pipeline": (28, 7.0)}
+ONE_SEEN, ONE_HELD_OUT, TWO = "one thing, pair seen in training", "one thing, held-out pair", "two things"
 BEGIN, END = "<!-- figures: made by storybook.evaluate -->", "<!-- end of figures -->"
 
 
@@ -93,7 +94,7 @@ def glance(pipeline, path: Path) -> None:
 
 def second_judge(pictures: int = 24_000, steps: int = 1200) -> Judge:
     """A judge that shares nothing with the bundled one but its shape; trained on first use, then kept in outputs/."""
-    return judge_training.fit("second-judge", pictures, steps, seed=1)[0]
+    return judge_training.fit("second-judge", pictures, steps, seed=1)[0].cpu()  # where the judge looks
 
 
 def interval(share_right: float, count: int) -> tuple[float, float]:
@@ -185,9 +186,6 @@ def accuracy(images: dict[str, list], prompts: dict[str, list[str]], second: Jud
     return rows
 
 
-ONE_SEEN, ONE_HELD_OUT, TWO = "one thing, pair seen in training", "one thing, held-out pair", "two things"
-
-
 def measure(folder: Path, guidance: float, count: int, training_pictures: int) -> list[tuple[str, str]]:
     """Rows (what, figure) for the model card."""
     second = second_judge()
@@ -242,7 +240,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--count", type=int, default=300, help="prompts of each sort")
-    parser.add_argument("--training-pictures", type=int, default=30_000)
+    parser.add_argument("--training-pictures", type=int, default=60_000)
     parser.add_argument("--write", action="store_true", help="into the folder's README.md")
     args = parser.parse_args()
     rows = measure(args.folder, args.guidance, args.count, args.training_pictures)

@@ -2,9 +2,8 @@
 
 Radford et al., 2021. The text half then conditions the pipelines, as in Stable Diffusion. Each picture
 must also tell its caption from two near misses of it, with places or colours exchanged (NegCLIP,
-Yuksekgonul et al., 2022), and the text's end token must name what the caption says, since whatever it
-drops the denoisers never hear. With the first loss alone a linear probe finds positions in 80 % of the
-end tokens: hardly any batch asks where things stand.
+Yuksekgonul et al., 2022), and the text's end token must name what the caption says: the first loss
+alone hardly ever asks where things stand, and whatever the text half drops the denoisers never hear.
 """
 
 import argparse

@@ -8,6 +8,7 @@ the picture shows, and weighted they would cost as much and teach as little.
 
 import argparse
 import hashlib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,7 @@ class NoisePrediction(nn.Module):
         return {"loss": (predicted - noise).square().mean()}
 
 
+@cache
 def shares_of_timesteps() -> torch.Tensor:
     """How often each of the 1000 timesteps is trained: as min(SNR, gamma) / SNR, but no less than `LEAST_SHARE`."""
     scheduler = DDPMScheduler(**NOISE)

@@ -12,9 +12,8 @@ from torch import nn
 from storybook.train import data
 from storybook.train.loop import RUNS, Schedule, keep_log, train
 
-# The posterior adds noise worth about KL_WEIGHT / 2 of squared error, an eighth of what the round trip misses.
-# It also sets the level of noise below which a denoiser has nothing to tell apart: guidance multiplies
-# whatever it invents there.
+# Nats are cheap: this weight keeps the noise that the posterior adds to a picture near
+# KL_WEIGHT / 2 of squared error, far below the reconstruction error itself.
 KL_WEIGHT = 4e-4
 # Most steps see crops of this many pixels: the layers are convolutions, so more pictures teach them more.
 # One step in four sees a few whole pictures, for the attention in the middle.
@@ -88,8 +87,8 @@ def main(argv=None) -> None:
     parser.add_argument("--go-on-from", type=Path, help="a vae folder to start with, instead of random weights")
     parser.add_argument("--pictures", type=int, default=60_000)
     parser.add_argument("--steps", type=int, default=4800)
-    parser.add_argument("--batch-size", type=int, default=32, help="crops of 64 pixels, or as many pixels in pictures")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--batch-size", type=int, default=16, help="crops of 64 pixels, or as many pixels in pictures")
+    parser.add_argument("--learning-rate", type=float, default=4e-4)
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     images = data.pictures("train", args.pictures, args.size)
