@@ -8,7 +8,6 @@ was made while the models were trained. Where the two disagree, shapes are mush.
 import argparse
 import math
 import platform
-import random
 import statistics
 import time
 from pathlib import Path
@@ -18,91 +17,23 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from tqdm.auto import tqdm
 
-from helpers.images import grid
+from helpers.compare import interval
+from helpers.images import to_image
 from storybook.judge import Judge, judge, share
+from storybook.sample import STEPS, STOCK, draw, held_out_prompts, seen_prompts, two_thing_prompts
 from storybook.train import data
 from storybook.train import judge as judge_training
 from storybook.train.vae import fine_detail, psnr
-from storybook.world import HELD_OUT, SETTINGS, Scene, Thing, caption, complete, random_scene
+from storybook.world import caption, complete
 
-STEPS = 25
-# what the stock pipelines do when they are given a prompt and nothing else
-STOCK = {"StableDiffusionPipeline": (50, 7.5), "StableDiffusion3Pipeline": (28, 7.0)}
 ONE_SEEN, ONE_HELD_OUT, TWO = "one thing, pair seen in training", "one thing, held-out pair", "two things"
 BEGIN, END = "<!-- figures: made by storybook.evaluate -->", "<!-- end of figures -->"
-
-
-def seen_prompts(count: int) -> list[str]:
-    """Single things in colour and setting pairs that training pictures do show."""
-    prompts, rng = [], random.Random("seen prompts")
-    while len(prompts) < count:
-        scene = random_scene(rng)
-        if len(scene.things) == 1 and scene.things[0].colour and scene.setting:
-            prompts.append(caption(scene, rng))
-    return prompts
-
-
-def held_out_prompts(count: int) -> list[str]:
-    """Single things in the pairs of `HELD_OUT`, in every setting."""
-    rng, pairs = random.Random("held-out prompts"), sorted(HELD_OUT)
-    return [
-        caption(Scene((Thing(pairs[i % len(pairs)][1], pairs[i % len(pairs)][0]),), rng.choice(SETTINGS)), rng)
-        for i in range(count)
-    ]
-
-
-def two_thing_prompts(count: int) -> list[str]:
-    """Two things, each with its colour."""
-    prompts, rng = [], random.Random("two-thing prompts")
-    while len(prompts) < count:
-        scene = random_scene(rng)
-        if len(scene.things) == 2 and all(thing.colour for thing in scene.things):
-            prompts.append(caption(scene, rng))
-    return prompts
-
-
-def draw(pipeline, prompts: list[str], guidance: float, first_seed: int = 0, steps: int = STEPS) -> list:
-    """One picture a prompt, picture k from seed first_seed + k, 25 at a time."""
-    images = []
-    for start in tqdm(range(0, len(prompts), 25), "drawing", unit="batch", leave=False):
-        part = prompts[start : start + 25]
-        seeds = [torch.Generator().manual_seed(first_seed + start + k) for k in range(len(part))]
-        images += pipeline(part, num_inference_steps=steps, guidance_scale=guidance, generator=seeds).images
-    return images
-
-
-def glance(pipeline, path: Path) -> None:
-    """While a model trains: what the judge reads in 64 pictures goes into progress.csv beside `path`, a few to `path`.
-
-    25 steps at the stock guidance scale, which is where half-trained models fail first.
-    """
-    pipeline.set_progress_bar_config(disable=True)
-    prompts = seen_prompts(32) + two_thing_prompts(32)
-    images = draw(pipeline, prompts, STOCK[type(pipeline).__name__][1])
-    grid(images[24:40], columns=4, labels=prompts[24:40]).save(path)
-    table = judge(images, prompts)
-    one, two = share(table[:32], "object", "colour", "setting"), share(table[32:], "object", "colour")
-    print(f"\n{path.stem}: right on {one:.0%} of 32 single things and {two:.0%} of 32 pairs", flush=True)
-    log = path.parent / "progress.csv"
-    if not log.exists():
-        log.write_text("step,single_things,pairs\n")
-    with log.open("a") as file:
-        file.write(f"{int(path.stem.split('-')[-1])},{one:.4f},{two:.4f}\n")
 
 
 def second_judge(pictures: int = 24_000, steps: int = 1200) -> Judge:
     """A judge that shares nothing with the bundled one but its shape; trained on first use, then kept in outputs/."""
     return judge_training.fit("second-judge", pictures, steps, seed=1)[0].cpu()  # where the judge looks
-
-
-def interval(share_right: float, count: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share (Wilson, 1927)."""
-    z = 1.96
-    centre = (share_right + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share_right * (1 - share_right) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return centre - half, centre + half
 
 
 @torch.no_grad()
@@ -115,15 +46,10 @@ def round_trips(vae, count: int = 500) -> tuple[float, float, float, float]:
     for index in range(count):
         scene, rng = data.numbered_scene("fresh", index)
         captions.append(caption(complete(scene, rng)))
-    table = judge([to_picture(image) for image in decoded], captions)
+    table = judge(to_image(decoded), captions)
     error = ((decoded - fresh) / 2).square().mean((1, 2, 3)).sqrt().median().item()
     detail = (fine_detail(decoded) / fine_detail(fresh)).mean().item()
     return psnr(decoded, fresh).mean().item(), share(table, "object", "colour", "setting"), error, detail
-
-
-def to_picture(image: torch.Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] to a PIL picture."""
-    return Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
 def distances_between_seeds(pipeline, guidance: float, prompts: int = 10, seeds: int = 6) -> float:

@@ -17,17 +17,17 @@ from storybook.world import COLOURS, KINDS, POSITIONS, SETTINGS, Scene, Thing, p
 WEIGHTS = Path(__file__).parent.parent / "models/storybook-judge/model.safetensors"
 SIDE = 64  # pictures of any size are averaged or enlarged to this
 
-_KINDS, _COLOURS = tuple(KINDS), tuple(COLOURS)
+KIND_NAMES, COLOUR_NAMES = tuple(KINDS), tuple(COLOURS)  # in the order of the heads
 # one thing at a position, or two beside or above each other
 ARRANGEMENTS = (*POSITIONS, "beside", "above")
 # The first slot holds a single thing, or the left one, or the upper one; the second slot the other.
 HEADS = {
     "arrangement": len(ARRANGEMENTS),
     "setting": len(SETTINGS),
-    "kind_1": len(_KINDS),
-    "colour_1": len(_COLOURS),
-    "kind_2": len(_KINDS),
-    "colour_2": len(_COLOURS),
+    "kind_1": len(KIND_NAMES),
+    "colour_1": len(COLOUR_NAMES),
+    "kind_2": len(KIND_NAMES),
+    "colour_2": len(COLOUR_NAMES),
 }
 
 
@@ -94,7 +94,9 @@ def look(images: list[Image.Image], network: Judge | None = None) -> list[Scene]
         best = {name: values.argmax(1).tolist() for name, values in logits.items()}
         for index in range(len(pixels)):
             arrangement = ARRANGEMENTS[best["arrangement"][index]]
-            things = [Thing(_KINDS[best[f"kind_{n}"][index]], _COLOURS[best[f"colour_{n}"][index]]) for n in (1, 2)]
+            things = [
+                Thing(KIND_NAMES[best[f"kind_{n}"][index]], COLOUR_NAMES[best[f"colour_{n}"][index]]) for n in (1, 2)
+            ]
             setting = SETTINGS[best["setting"][index]]
             if arrangement in POSITIONS:
                 seen.append(Scene((Thing(things[0].kind, things[0].colour, None, arrangement),), setting))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from storybook import evaluate
+from storybook import evaluate, sample
 from storybook.judge import Judge
 from storybook.world import HELD_OUT, parse
 
@@ -16,13 +16,13 @@ def test_wilson_intervals_are_those_of_the_textbook():
 
 def test_prompts_ask_for_what_they_are_named_after():
     seen, held_out, two = (make(40) for make in (
-        evaluate.seen_prompts, evaluate.held_out_prompts, evaluate.two_thing_prompts
+        sample.seen_prompts, sample.held_out_prompts, sample.two_thing_prompts
     ))  # fmt: skip
     pairs = [{(thing.colour, thing.kind) for thing in parse(prompt).things} for prompt in seen]
     assert not any(pair & HELD_OUT for pair in pairs)
     assert {(t.colour, t.kind) for prompt in held_out for t in parse(prompt).things} == HELD_OUT
     assert all(len(parse(prompt).things) == 2 for prompt in two)
-    assert evaluate.seen_prompts(40) == seen
+    assert sample.seen_prompts(40) == seen
 
 
 def test_a_figure_comes_with_its_interval():

@@ -2,11 +2,12 @@
 
 import random
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from storybook.judge import compare, judge, look, share
-from storybook.train import data
+from storybook.train import judge as training
 from storybook.train.judge import fresh_table
 from storybook.world import Scene, Thing, parse, render
 
@@ -23,8 +24,13 @@ def test_each_part_is_right_on_99_percent_of_fresh_renders(table, part):
     assert share(asked, part) >= 0.99
 
 
-def test_the_judge_was_trained_on_other_pictures():
-    assert data.numbered_rng("judge", 0).random() != data.numbered_rng("judge-test", 0).random()
+def test_the_judge_is_measured_on_pictures_that_it_never_saw(monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(training, "judge", lambda images, captions: looked_at.extend(images) or [])
+    fresh_table(40)
+    fresh = {np.asarray(image).tobytes() for image in looked_at}
+    seen = {training.draw((split, index, 128)).tobytes() for split in ("judge", "second-judge") for index in range(40)}
+    assert len(fresh) == 40 and len(seen) == 80 and not fresh & seen
 
 
 SEEN = Scene((Thing("boat", "red"), Thing("star", "blue")), "sea", "left of")

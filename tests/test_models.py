@@ -13,10 +13,15 @@ from safetensors import safe_open
 from helpers import pipelines
 from helpers.generate import generate
 from helpers.images import ROOT, record, settings
-from storybook.evaluate import draw, held_out_prompts, seen_prompts, two_thing_prompts
 from storybook.judge import judge, share
+from storybook.sample import draw, held_out_prompts, seen_prompts, two_thing_prompts
 
 NAMES = ("storybook-sd", "storybook-sd3")
+STOCK_PROMPTS = (
+    "a red boat by the sea",
+    "a small yellow star under a starry night sky",
+    "a white balloon to the left of a red car in a meadow",
+)
 GALLERY = sorted((ROOT / "outputs/gallery").glob("*.png"))
 
 
@@ -40,6 +45,25 @@ def test_stock_diffusers_draws_the_examples(load, name, example):
     prompts = [pipelines.MODELS[name].examples[example]] * 25
     images = draw(load(name), prompts, pipelines.MODELS[name].guidance)
     assert share(judge(images, prompts), "object", "colour", "setting") >= 0.8
+
+
+@pytest.mark.parametrize("prompt", STOCK_PROMPTS)
+@pytest.mark.parametrize("name", ["storybook-sd"])
+def test_the_prompt_alone_is_enough(load, name, prompt):
+    """Stock diffusers with no other argument, so at its own steps and guidance scale: right for 12 of 16 seeds."""
+    pipe = load(name)
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(16)]
+    images = pipe([prompt] * 16, generator=seeds).images
+    assert share(judge(images, [prompt] * 16), "object", "colour", "setting", "position") >= 0.75
+
+
+@pytest.mark.parametrize(("steps", "guidance"), [(20, 3.0), (25, 8.0)])
+def test_the_settings_that_people_try_draw_the_prompt(load, steps, guidance):
+    """The ends of what is usual, under the folder's own scheduler: right for 6 of 8 seeds."""
+    pipe, prompt = load("storybook-sd"), "a red boat by the sea"
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(8)]
+    images = pipe([prompt] * 8, num_inference_steps=steps, guidance_scale=guidance, generator=seeds).images
+    assert share(judge(images, [prompt] * 8), "object", "colour", "setting") >= 0.75
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -81,7 +105,17 @@ def test_the_gallery_is_drawn_again_from_its_own_files():
 def stated(name: str, row: str) -> float:
     """The share that the model card states in a row of its table."""
     card = (ROOT / "models" / name / "README.md").read_text()
-    return float(re.search(rf"^\| {row}.*? \| ([\d.]+)% of", card, re.MULTILINE).group(1)) / 100
+    found = re.search(rf"^\| {row}.*? \| ([\d.]+)% of", card, re.MULTILINE)
+    assert found, f"the card of {name} has no figure for {row}: python -m storybook.evaluate models/{name} --write"
+    return float(found.group(1)) / 100
+
+
+def can_be(share_stated: float, share_found: float, count: int) -> bool:
+    """Whether a sample of `count` pictures allows the share that is stated (score interval; Wilson, 1927).
+
+    Three standard errors, since seven samples are drawn, and each may be an unlucky one.
+    """
+    return abs(share_found - share_stated) <= 3 * (share_stated * (1 - share_stated) / count) ** 0.5
 
 
 SEEN = ("one thing, pair seen in training", seen_prompts, ("object", "colour", "setting"))
@@ -89,31 +123,29 @@ HELD_OUT = ("one thing, held-out pair", held_out_prompts, ("object", "colour", "
 TWO = ("two things", two_thing_prompts, ("object", "colour"))
 
 
+def test_a_sample_rules_figures_out():
+    assert can_be(0.95, 0.97, 32) and can_be(0.8, 0.66, 32) and can_be(1.0, 1.0, 32)
+    assert not can_be(0.95, 0.75, 32) and not can_be(0.6, 0.9, 32) and not can_be(1.0, 0.97, 32)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("row", "prompts", "parts"), [SEEN, HELD_OUT, TWO])
 def test_the_card_can_be_believed(load, name, row, prompts, parts):
-    """A sample of what `storybook.evaluate` measures, at most two standard errors below what the card states."""
-    asked, share_stated = prompts(32), stated(name, row)
+    """The first of the pictures that `storybook.evaluate` counts, drawn again: no better and no worse than stated."""
+    asked = prompts(32)
     table = judge(draw(load(name), asked, pipelines.MODELS[name].guidance), asked)
-    margin = 2 * (share_stated * (1 - share_stated) / len(asked)) ** 0.5
-    assert share(table, *parts) >= share_stated - margin
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("row", "target"), [(SEEN[0], 0.92), (HELD_OUT[0], 0.80), (TWO[0], 0.60)])
-def test_the_targets_are_reached(name, row, target):
-    assert stated(name, row) >= target
+    assert can_be(stated(name, row), share(table, *parts), len(asked))
 
 
 def test_storybook_sd3_draws_without_t5(load):
-    """As well as the card states, by the same margin as above, and other pictures than with T5."""
+    """As well as the card states, and other pictures than with T5."""
     pipe, guidance = load("storybook-sd3"), pipelines.MODELS["storybook-sd3"].guidance
     without = type(pipe)(**{**pipe.components, "text_encoder_3": None, "tokenizer_3": None})
     without.set_progress_bar_config(disable=True)
-    asked, share_stated = seen_prompts(32), stated("storybook-sd3", f"without T5: {SEEN[0]}")
+    asked = seen_prompts(32)
     images = draw(without, asked, guidance)
-    margin = 2 * (share_stated * (1 - share_stated) / len(asked)) ** 0.5
-    assert share(judge(images, asked), *SEEN[2]) >= share_stated - margin
+    found = share(judge(images, asked), *SEEN[2])
+    assert can_be(stated("storybook-sd3", f"without T5: {SEEN[0]}"), found, len(asked))
     assert images[0] != draw(pipe, asked[:1], guidance)[0]
 
 

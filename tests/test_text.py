@@ -1,11 +1,50 @@
-"""The near misses that storybook-clip is trained to tell from a caption, and what its end tokens must name."""
+"""What the denoisers are told: the text encoders' states say where things stand, and CLIP hears near misses."""
 
 import random
 
 import pytest
+import torch
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from storybook.train.clip import ANSWERS, misplaced, recoloured, said
+from helpers.images import ROOT
+from storybook.train.clip import ANSWERS, misplaced, recoloured, said, tokenize
 from storybook.world import Scene, caption, parse, random_scene
+
+
+def captions_that_say(part: str, split: str, count: int) -> tuple[list[str], list[str]]:
+    """Captions of single things with a position, or of two things with a relation; and what each of them says."""
+    rng, texts, answers = random.Random(f"{part} {split}"), [], []
+    while len(texts) < count:
+        scene = random_scene(rng)
+        answer = scene.relation if part == "relation" else scene.things[0].position
+        if answer:
+            texts.append(caption(scene, rng))
+            answers.append(answer)
+    return texts, answers
+
+
+def end_states(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """The last layer's states at each text's end token, (N, width)."""
+    ids = tokenize(tokenizer, texts)
+    with torch.no_grad():
+        states = encoder(ids).last_hidden_state
+    return states[torch.arange(len(ids)), (ids == tokenizer.eos_token_id).int().argmax(1)]
+
+
+@pytest.mark.parametrize("part", ["position", "relation"])
+def test_a_linear_probe_finds_places_in_the_conditioning(part):
+    """Fitted on 2,400 captions, right for 95 % of 800 others."""
+    folder = ROOT / "models/storybook-sd"
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    (texts, answers), (new_texts, new_answers) = (captions_that_say(part, *s) for s in (("fit", 2400), ("test", 800)))
+    classes = sorted(set(answers))
+    states, new_states = (end_states(encoder, tokenizer, part) for part in (texts, new_texts))
+    inputs, new_inputs = (torch.nn.functional.pad(s, (0, 1), value=1.0) for s in (states, new_states))
+    targets = torch.nn.functional.one_hot(torch.tensor([classes.index(a) for a in answers])).float()
+    weights = torch.linalg.lstsq(inputs, targets).solution
+    found = [classes[i] for i in (new_inputs @ weights).argmax(1)]
+    assert sum(a == b for a, b in zip(found, new_answers, strict=True)) / len(found) >= 0.95
 
 
 @pytest.mark.parametrize("miss", [misplaced, recoloured])

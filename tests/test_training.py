@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from storybook import evaluate
+from storybook import sample
 from storybook.train import data, sd, sd3
 from storybook.train.__main__ import train_all
 from storybook.train.loop import Schedule, learning_rate
-from storybook.train.vae import fine_detail
+from storybook.train.sharpen import SharpDecoding
+from storybook.train.vae import fine_detail, new_vae
 from storybook.world import parse, render
 
 ROOT = Path(__file__).parent.parent
@@ -84,11 +85,11 @@ def test_timesteps_come_as_often_as_min_snr_weighs_them():
 
 def test_glance_notes_what_the_judge_reads(tmp_path, monkeypatch):
     """Renders in place of drawn pictures are right, and progress.csv says so."""
-    monkeypatch.setattr(evaluate, "draw", lambda pipe, prompts, guidance: [
+    monkeypatch.setattr(sample, "draw", lambda pipe, prompts, guidance: [
         render(parse(prompt), random.Random(k)) for k, prompt in enumerate(prompts)
     ])  # fmt: skip
     pipeline = type("StableDiffusionPipeline", (), {"set_progress_bar_config": lambda self, **settings: None})()
-    evaluate.glance(pipeline, tmp_path / "samples-000250.png")
+    sample.glance(pipeline, tmp_path / "samples-000250.png")
     header, row = (tmp_path / "progress.csv").read_text().splitlines()
     assert header == "step,single_things,pairs"
     step, one, two = row.split(",")
@@ -105,6 +106,25 @@ def test_the_t5_tokenizer_knows_the_world_and_spells_the_rest():
     tokenizer = sd3.new_t5(16)[1]
     assert tokenizer.tokenize("A red boat") == ["\u2581A", "\u2581red", "\u2581boat"]
     assert tokenizer.unk_token_id not in tokenizer("a zebra, twice").input_ids
+
+
+def test_sharpening_leaves_the_encoder_alone_and_each_opponent_learns_from_its_own_loss():
+    """The decoder would like the discriminator to be wrong: that wish must not reach the discriminator's weights."""
+    torch.manual_seed(0)
+    vae = new_vae(32, widths=(8, 8, 8, 16))
+    game = SharpDecoding(vae)
+    images, noise = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 4, 4, 4)
+    losses = game(images, torch.ones(2, 1, 32, 32), noise)
+    losses["loss"].backward(retain_graph=True)
+    for part in (vae.encoder, vae.quant_conv):
+        assert all(parameter.grad is None for parameter in part.parameters())
+    for part in (vae.decoder, vae.post_quant_conv):
+        assert all(parameter.grad.norm() > 0 for parameter in part.parameters())
+    weights = list(game.discriminator.parameters())
+    alone = torch.autograd.grad(losses["told_apart"], weights)
+    assert all(
+        torch.allclose(weight.grad, own, rtol=1e-4, atol=1e-7) for weight, own in zip(weights, alone, strict=True)
+    )
 
 
 def test_every_stage_runs_and_writes_a_folder_that_stock_diffusers_draws_from(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from nbclient.exceptions import CellExecutionError
 
 PROFILE = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 CELL_SECONDS = 300
+LARGE = 120_000  # characters; a PNG above that gives way to the JPEG, which keeps labels a little less sharp
 
 
 def execute(path: Path) -> float:
@@ -34,8 +35,9 @@ def execute(path: Path) -> float:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         for output in cell.get("outputs", []):
-            if "image/png" in output.get("data", {}):
-                output.data.pop("image/jpeg", None)  # PIL pictures come in both
+            data = output.get("data", {})
+            if {"image/png", "image/jpeg"} <= data.keys():  # PIL pictures come in both
+                data.pop("image/png" if len(data["image/png"]) > LARGE else "image/jpeg")
     nbformat.validate(notebook)
     temporary = path.with_suffix(".part")
     nbformat.write(notebook, temporary)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from storybook.train import clip, judge, sd, sd3, vae
+from storybook.train import clip, judge, sd, sd3, sharpen, vae
 
 
 def main() -> None:
@@ -16,9 +16,11 @@ def train_all(size: list[str], more: list[str]) -> None:
     """Every stage; `size` and `more` are further arguments that stages take, e.g. for a short run."""
     judge.main(more)
     vae.main([*size, *more])
+    sharpen.main(more)
     clip.main([*size, *more])
     sd.main(more)
     vae.main([*size, *SD3_VAE, *more])
+    sharpen.main(["--vae", str(sd3.OUT / "vae"), "--name", "sharpen-16", *more])
     clip.main([*size, *SECOND_CLIP, *more])
     sd3.main(more)
 

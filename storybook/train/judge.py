@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from storybook.judge import _COLOURS, _KINDS, ARRANGEMENTS, HEADS, SIDE, WEIGHTS, Judge, judge, slots
+from storybook.judge import ARRANGEMENTS, COLOUR_NAMES, HEADS, KIND_NAMES, SIDE, WEIGHTS, Judge, judge, slots
 from storybook.train import data
 from storybook.train.loop import Schedule, keep_log, train
 from storybook.world import COLOURS, SETTINGS, Scene, caption, complete, random_scene, render
@@ -32,7 +32,7 @@ def labels(scene: Scene) -> list[int]:
     arrangement, things = slots(scene)
     answer = [ARRANGEMENTS.index(arrangement), SETTINGS.index(scene.setting)]
     for thing in things:
-        answer += [_KINDS.index(thing.kind), _COLOURS.index(thing.colour)]
+        answer += [KIND_NAMES.index(thing.kind), COLOUR_NAMES.index(thing.colour)]
     return answer + [-100] * (len(HEADS) - len(answer))
 
 
@@ -99,7 +99,7 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--pictures", type=int, default=60_000)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch-size", type=int, default=128)
     args = parser.parse_args(argv)
     network, run = fit("judge", args.pictures, args.steps, args.batch_size)

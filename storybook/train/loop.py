@@ -48,6 +48,7 @@ def precision() -> str:
     """bf16 where the hardware multiplies it, fp16 on older GPUs, else no mixed precision."""
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    # A processor without it only imitates it, slowly; PyTorch tells that under a private name alone.
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
 
 
@@ -214,9 +215,9 @@ def _append(path: Path, row: dict) -> None:
         writer.writerow(row)
 
 
-def keep_log(run: Path, folder: Path, every: int = 10) -> None:
+def keep_log(run: Path, folder: Path, name: str = "training_log.csv") -> None:
     """Put every tenth line of a run's log beside the weights it made, and what the judge said on the way."""
     header, *rows = (run / "log.csv").read_text().splitlines()
-    (folder / "training_log.csv").write_text("\n".join([header, *rows[::every]]) + "\n")
+    (folder / name).write_text("\n".join([header, *rows[::10]]) + "\n")
     if (run / "progress.csv").exists():
         shutil.copy(run / "progress.csv", folder)

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 from storybook import world
-from storybook.evaluate import glance
+from storybook.sample import glance
 from storybook.train import clip, data
 from storybook.train.loop import RUNS, Schedule, choose_attention_kernel, keep_log, make_accelerator, train
 from storybook.train.sd import cached_latents

@@ -76,6 +76,39 @@ def fine_detail(images: torch.Tensor) -> torch.Tensor:
     return (spectrum[:, fine].sum(1) / spectrum.sum((1, 2))).sqrt()
 
 
+def batches(images: np.ndarray, latent_channels: int):
+    """make_batch for `loop.train`: crops or whole pictures, the weights of their pixels, noise for the posterior.
+
+    images (N, size, size, 4) uint8, alpha 255 where the things are.
+    """
+    size = images.shape[1]
+
+    def make_batch(indices, generator):
+        whole = torch.rand((), generator=generator) < 0.25
+        crop = size if whole else min(CROP, size)
+        indices = indices[: max(1, len(indices) * CROP**2 // size**2)] if whole else indices
+        corners = torch.randint(size - crop + 1, (len(indices), 2), generator=generator).tolist()
+        chosen = np.stack([images[i, y : y + crop, x : x + crop] for i, (y, x) in zip(indices, corners, strict=True)])
+        noise = torch.randn(len(indices), latent_channels, crop // 8, crop // 8, generator=generator)
+        things = torch.from_numpy(chosen[..., 3]).unsqueeze(1) > 0
+        pixels = data.to_tensor(chosen).contiguous(memory_format=torch.channels_last)
+        return pixels, torch.where(things, THING_WEIGHT, 1.0), noise
+
+    return make_batch
+
+
+@torch.no_grad()
+def glance(vae: AutoencoderKL, fresh: torch.Tensor, path: Path) -> None:
+    """While it trains: prints PSNR and fine detail on fresh renders (N, 3, H, W); eight round trips go to `path`."""
+    parts = [vae.decode(vae.encode(part.to(vae.device)).latent_dist.mean).sample.cpu() for part in fresh.split(32)]
+    decoded = torch.cat(parts).clamp(-1, 1)
+    detail = (fine_detail(decoded) / fine_detail(fresh)).mean()
+    print(f"\n{path.stem}: {psnr(decoded, fresh).mean():.2f} dB, {detail:.2f} of fine detail", flush=True)
+    _, _, height, width = fresh.shape
+    rows = torch.stack([fresh[:8], decoded[:8]]).permute(0, 3, 1, 4, 2).reshape(2 * height, 8 * width, 3)
+    Image.fromarray(((rows + 1) * 127.5).round().byte().numpy()).save(path)
+
+
 def main(argv=None) -> None:
     """Train and write a `vae` folder."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -102,32 +135,10 @@ def main(argv=None) -> None:
     objective = VaeObjective(vae)
     schedule = Schedule(args.steps, args.batch_size, args.learning_rate, ema_decay=0.998)
 
-    def make_batch(indices, generator):
-        whole = torch.rand((), generator=generator) < 0.25
-        crop = args.size if whole else min(CROP, args.size)
-        indices = indices[: max(1, len(indices) * CROP**2 // args.size**2)] if whole else indices
-        corners = torch.randint(args.size - crop + 1, (len(indices), 2), generator=generator).tolist()
-        chosen = np.stack([images[i, y : y + crop, x : x + crop] for i, (y, x) in zip(indices, corners, strict=True)])
-        noise = torch.randn(len(indices), args.latent_channels, crop // 8, crop // 8, generator=generator)
-        things = torch.from_numpy(chosen[..., 3]).unsqueeze(1) > 0
-        pixels = data.to_tensor(chosen).contiguous(memory_format=torch.channels_last)
-        return pixels, torch.where(things, THING_WEIGHT, 1.0), noise
-
-    @torch.no_grad()
     def sample(step):
-        device = vae.device
-        decoded = torch.cat(
-            [vae.decode(vae.encode(part.to(device)).latent_dist.mean).sample.cpu() for part in fresh.split(32)]
-        )
-        decoded = decoded.clamp(-1, 1)
-        detail = (fine_detail(decoded) / fine_detail(fresh)).mean()
-        decibels = psnr(decoded, fresh).mean()
-        print(f"\n{args.name} at step {step}: {decibels:.2f} dB, {detail:.2f} of fine detail", flush=True)
-        rows = torch.stack([fresh[:8], decoded[:8]]).permute(0, 3, 1, 4, 2).reshape(2 * args.size, 8 * args.size, 3)
-        Image.fromarray(((rows.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()).save(
-            RUNS / args.name / f"samples-{step:06d}.png"
-        )
+        glance(vae, fresh, RUNS / args.name / f"samples-{step:06d}.png")
 
+    make_batch = batches(images, args.latent_channels)
     run = train(args.name, objective, vae, make_batch, len(images), schedule, sample)
     with torch.no_grad():
         latents = torch.cat([vae.encode(part.to(vae.device)).latent_dist.mean.cpu() for part in fresh.split(32)])
