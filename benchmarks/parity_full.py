@@ -1,8 +1,10 @@
-"""from_scratch against diffusers at the full size of Stable Diffusion 1.5: `python -m benchmarks.parity_full`.
+"""from_scratch against diffusers at the full size of Stable Diffusion 1.5: `python -m benchmarks.parity_full`, or of
+3.5 Medium: `python -m benchmarks.parity_full --sd35`.
 
-The weights are random. Takes some minutes on two cores and about 8 GB of memory. Prints the largest relative difference
-of every part, plain and fast, as a Markdown table; ends with an error if one is above 1e-5. With --quick, at a
-hundredth of the size.
+The weights are random. 1.5 takes some minutes on two cores and about 8 GB of memory; 3.5 Medium has not been run at its
+full size yet and needs 10 GB for the weights of its MMDiT alone, less with --layers. Prints the largest relative
+difference of every part as a Markdown table, for 1.5 plain and fast; ends with an error if one is above 1e-5. With
+--quick, at a hundredth of the size.
 """
 
 import argparse
@@ -10,17 +12,30 @@ import gc
 import platform
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import diffusers
 import torch
 import transformers
+from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from benchmarks.models import parts
-from from_scratch import checkpoint, fast_cpu
+from benchmarks.models import parts, randomise
+from from_scratch import checkpoint, checkpoint_sd3, fast_cpu
 from from_scratch.files import Entry
 
 TOLERANCE = 1e-5
+# How each part is made, and from which names; first those of 1.5, then those of 3.5.
+MAKERS = {
+    "unet": (checkpoint.make_unet, checkpoint.RENAMES),
+    "vae": (checkpoint.make_vae, checkpoint.RENAMES),
+    "text_encoder": (checkpoint.make_text_encoder, checkpoint.RENAMES),
+    "transformer": (checkpoint_sd3.make_transformer, checkpoint_sd3.MMDIT_RENAMES),
+    "vae_16": (partial(checkpoint.make_vae, quant=False), checkpoint.RENAMES),
+    "clip": (checkpoint_sd3.make_clip, checkpoint.RENAMES),
+    "t5": (checkpoint_sd3.make_t5, checkpoint_sd3.T5_RENAMES),
+}
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -29,12 +44,18 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def ours(part: str, theirs: nn.Module) -> nn.Module:
-    """The same weights in from_scratch."""
-    make = {"unet": checkpoint.make_unet, "vae": checkpoint.make_vae, "text_encoder": checkpoint.make_text_encoder}
+    """The same weights in from_scratch; in the same memory, where they stay as they are."""
+    make, renames = MAKERS[part]
     entries = {name: Entry(tuple(w.shape), lambda w=w: w) for name, w in theirs.state_dict().items()}
-    entries = checkpoint.rename(entries, checkpoint.RENAMES)
+    entries = checkpoint.rename(entries, renames)
+    if part == "transformer":
+        entries = checkpoint_sd3.shift_first(entries)
     with torch.device("meta"):
-        module = make[part](entries, theirs.config.to_dict() if part == "text_encoder" else dict(theirs.config))
+        config = theirs.config
+        module = make(entries, config.to_dict() if hasattr(config, "to_dict") else dict(config))
+    if part in ("transformer", "t5"):  # there would not be room for them twice
+        module.load_state_dict({name: entry.read() for name, entry in entries.items()}, assign=True)
+        return module.eval()
     return checkpoint.fill(module, entries, torch.float32, "cpu")
 
 
@@ -44,15 +65,14 @@ def compare_text_encoder(mine: nn.Module, theirs: nn.Module, quick: bool) -> dic
 
 
 def compare_vae(mine: nn.Module, theirs: nn.Module, quick: bool) -> dict[str, float]:
-    size = 64 if quick else 512
-    images, latents = torch.randn(1, 3, size, size).clamp(-1, 1), torch.randn(1, 4, size // 8, size // 8)
+    size, channels, config = 64 if quick else 512, mine.latent_channels, theirs.config
+    images, latents = torch.randn(1, 3, size, size).clamp(-1, 1), torch.randn(1, channels, size // 8, size // 8)
     mean, deviation = mine.distribution(images)
     expected = theirs.encode(images).latent_dist
+    z = latents / config.scaling_factor + (config.shift_factor or 0)
     return {
         f"VAE encoder, {size}x{size}": max(difference(mean, expected.mean), difference(deviation, expected.std)),
-        f"VAE decoder, {size}x{size}": difference(
-            mine.decode(latents), theirs.decode(latents / theirs.config.scaling_factor).sample
-        ),
+        f"VAE decoder, {size}x{size}": difference(mine.decode(latents), theirs.decode(z).sample),
     }
 
 
@@ -66,26 +86,113 @@ def compare_unet(mine: nn.Module, theirs: nn.Module, quick: bool) -> dict[str, f
     return found
 
 
+def compare_clip(mine: nn.Module, theirs: nn.Module, quick: bool) -> dict[str, float]:
+    tokens = torch.randint(0, theirs.config.vocab_size, (2, 77))
+    context, pooled = mine(tokens)
+    expected = theirs(tokens, output_hidden_states=True)
+    found = max(difference(context, expected.hidden_states[-2]), difference(pooled, expected.text_embeds))
+    return {f"CLIP of {theirs.config.hidden_size} channels, 2 prompts": found}
+
+
+def compare_t5(mine: nn.Module, theirs: nn.Module, quick: bool) -> dict[str, float]:
+    tokens = torch.randint(0, theirs.config.vocab_size, (2, 256))
+    return {f"T5, {theirs.config.num_layers} blocks, 2 prompts": difference(mine(tokens), theirs(tokens)[0])}
+
+
+def compare_transformer(mine: nn.Module, theirs: nn.Module, quick: bool) -> dict[str, float]:
+    found, size, config = {}, 8 if quick else 64, theirs.config
+    context, pooled = torch.randn(1, 333, config.joint_attention_dim), torch.randn(1, config.pooled_projection_dim)
+    for height, width, t in ((size, size, 1000.0), (size // 2, size + 4, 8.9)):
+        x, name = torch.randn(1, 16, height, width), f"MMDiT-X, {config.num_layers} blocks, {height}x{width} latents"
+        expected = theirs(x, context, pooled, torch.tensor([t])).sample
+        found[f"{name}, t = {t}"] = difference(mine(x, t, context, pooled), expected)
+    return found
+
+
+def sd15(quick: bool) -> dict[str, tuple[str, Callable, Callable]]:
+    """Parts of Stable Diffusion 1.5: which one it is, what makes diffusers', what compares."""
+    compare = {"text_encoder": compare_text_encoder, "vae": compare_vae, "unet": compare_unet}
+    return {part: (part, lambda part=part: parts(quick, part)[part], function) for part, function in compare.items()}
+
+
+def sd35(quick: bool, layers: int) -> dict[str, tuple[str, Callable, Callable]]:
+    """The same of 3.5 Medium, with so many of the MMDiT's 24 blocks and two of T5's, of which all would be 19 GB."""
+    few, heads, t5 = (2, 2, 256) if quick else (None, 24, 4096)
+
+    def clip(channels: int, layers: int, activation: str):
+        config = CLIPTextConfig(
+            vocab_size=49408,
+            hidden_size=channels,
+            intermediate_size=4 * channels,
+            projection_dim=channels,
+            num_hidden_layers=few or layers,
+            num_attention_heads=channels // 64,
+            hidden_act=activation,
+            eos_token_id=2,
+        )
+        return randomise(CLIPTextModelWithProjection(config))
+
+    def make_t5():
+        config = T5Config(
+            vocab_size=32128,
+            d_model=t5,
+            d_kv=64,
+            d_ff=5 * t5 // 2,
+            num_layers=2,
+            num_heads=t5 // 64,
+            feed_forward_proj="gated-gelu",
+        )
+        return randomise(T5EncoderModel(config))
+
+    def make_vae():
+        widths = [32, 64, 128, 128] if quick else [128, 256, 512, 512]
+        kinds = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+        quant = {"use_quant_conv": False, "use_post_quant_conv": False}
+        numbers = {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609, "layers_per_block": 2}
+        return randomise(AutoencoderKL(block_out_channels=widths, **kinds, **quant, **numbers))
+
+    def make_transformer():
+        model = SD3Transformer2DModel(
+            sample_size=128,
+            num_layers=few or layers,
+            num_attention_heads=heads,
+            caption_projection_dim=64 * heads,
+            joint_attention_dim=t5,
+            pooled_projection_dim=t5 // 2,
+            pos_embed_max_size=384,
+            dual_attention_layers=tuple(range(13)),
+            qk_norm="rms_norm",
+        )
+        return randomise(model)
+
+    return {
+        "CLIP L": ("clip", lambda: clip(64 if quick else 768, 12, "quick_gelu"), compare_clip),
+        "CLIP G": ("clip", lambda: clip(128 if quick else 1280, 32, "gelu"), compare_clip),
+        "T5": ("t5", make_t5, compare_t5),
+        "VAE": ("vae_16", make_vae, compare_vae),
+        "MMDiT-X": ("transformer", make_transformer, compare_transformer),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a hundredth of the widths")
-    quick = parser.parse_args().quick
+    parser.add_argument("--sd35", action="store_true", help="Stable Diffusion 3.5 Medium")
+    parser.add_argument("--layers", type=int, default=24, help="of the 24 blocks of 3.5's MMDiT only the first ones")
+    arguments = parser.parse_args()
+    quick, forms = arguments.quick, ("plain",) if arguments.sd35 else ("plain", "fast")
     torch.manual_seed(0)
-    compare: dict[str, Callable] = {
-        "text_encoder": compare_text_encoder,
-        "vae": compare_vae,
-        "unet": compare_unet,
-    }
+    compare = sd35(quick, arguments.layers) if arguments.sd35 else sd15(quick)
     print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__}")
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, float32\n")
     print("| part | parameters | largest relative difference |\n|---|---|---|", flush=True)
     worst = 0.0
     with torch.no_grad():
-        for part, function in compare.items():
-            theirs = parts(quick, part)[part]
+        for part, make, function in compare.values():
+            theirs = make()
             parameters = sum(w.numel() for w in theirs.parameters())
             mine = ours(part, theirs)
-            for form in ("plain", "fast"):
+            for form in forms:
                 mine = fast_cpu.speed_up(mine) if form == "fast" else mine
                 for name, value in function(mine, theirs, quick).items():
                     print(f"| {name}, {form} | {parameters:,} | {value:.1e} |", flush=True)

@@ -1,4 +1,4 @@
-"""A model from its files: a diffusers folder, or an original single file.
+"""Stable Diffusion 1.x from its files, a diffusers folder or an original single file, and what reads other models too.
 
 Every part is first read as a table of names and shapes. Rules make the names those of this package's modules, shapes
 give widths and depths, and modules that hold no memory yet are filled tensor by tensor.
@@ -7,7 +7,7 @@ give widths and depths, and modules that hold no memory yet are filled tensor by
 import math
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Real
 from pathlib import Path
 
@@ -17,15 +17,18 @@ from torch import nn
 
 from from_scratch.clip import CLIPTextEncoder
 from from_scratch.fast_cpu import speed_up
-from from_scratch.files import CheckpointError, Entries, read_json, read_weights
+from from_scratch.files import CheckpointError, Entries, part_entries, read_json
 from from_scratch.pipeline import StableDiffusion
 from from_scratch.tokenizer import Tokenizer
 from from_scratch.unet import UNet
 from from_scratch.vae import VAE
 
 PARTS = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model.transformer."}
-# In a single file but in none of the parts: the averaged weights, and the noise schedule, which `samplers` computes.
-IGNORED = re.compile(r"^(model_ema\.|alphas_|betas$|sqrt_|log_|posterior_|lvlb_weights$|logvar$)|position_ids$")
+# In a single file but in none of the parts: the averaged weights, the noise schedule, which `samplers` computes, and
+# what only the training of CLIP needs.
+IGNORED = re.compile(
+    r"^(model_ema\.|alphas_|betas$|sqrt_|log_|posterior_|lvlb_weights$|logvar$)|position_ids$|logit_scale$"
+)
 
 # What the configuration files must say, since the libraries would otherwise take another value or another model, ...
 REQUIRED = {
@@ -86,10 +89,10 @@ def rename(entries: Entries, rules: Rules) -> Entries:
     renamed = {}
     for name, entry in entries.items():
         if not IGNORED.search(name):
-            name = "." + name
+            name = f".{name}."
             for old, new in rules:
                 name = name.replace(f".{old}.", f".{new}.")
-            renamed[name[1:]] = entry
+            renamed[name[1:-1]] = entry
     return renamed
 
 
@@ -121,17 +124,22 @@ def vae_places(names: Iterable[str]) -> Rules:
     ]
 
 
-def read_single_file(path: Path) -> dict[str, Entries]:
-    """The three parts of an original single file, with the names of this package's modules."""
-    entries = read_weights(path)
+def split(path: Path, entries: Entries, prefixes: dict[str, str], needed: Iterable[str], model: str):
+    """The parts of a single file, by the prefixes of their names, which are taken off. Warns of what is in none."""
     parts = {}
-    for part, prefix in PARTS.items():
+    for part, prefix in prefixes.items():
         parts[part] = {name[len(prefix) :]: entry for name, entry in entries.items() if name.startswith(prefix)}
-        if not parts[part]:
-            raise CheckpointError(f"{path} is no Stable Diffusion 1.x checkpoint: nothing starts with {prefix!r}.")
-    others = [name for name in entries if not name.startswith(tuple(PARTS.values())) and not IGNORED.search(name)]
+        if part in needed and not parts[part]:
+            raise CheckpointError(f"{path} is no {model} checkpoint: nothing starts with {prefix!r}.")
+    others = [name for name in entries if not name.startswith(tuple(prefixes.values())) and not IGNORED.search(name)]
     if others:
-        warnings.warn(f"{path} also holds what is not used: {', '.join(others[:3])}.", stacklevel=3)
+        warnings.warn(f"{path} also holds what is not used: {', '.join(others[:3])}.", stacklevel=5)
+    return parts
+
+
+def read_single_file(path: Path, entries: Entries) -> dict[str, Entries]:
+    """The three parts of an original single file, with the names of this package's modules."""
+    parts = split(path, entries, PARTS, PARTS, "Stable Diffusion 1.x")
     return {
         "unet": rename(parts["unet"], unet_places(parts["unet"]) + UNET_RENAMES + RENAMES),
         "vae": rename(parts["vae"], vae_places(parts["vae"]) + VAE_RENAMES + RENAMES),
@@ -141,25 +149,17 @@ def read_single_file(path: Path) -> dict[str, Entries]:
 
 def read_folder(path: Path) -> dict[str, Entries]:
     """The three parts of a diffusers folder, with the names of this package's modules."""
-    parts = {}
-    for part in PARTS:
-        stem, old = ("model", "pytorch_model") if part == "text_encoder" else ("diffusion_pytorch_model",) * 2
-        files = [path / part / name for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{old}.bin")]
-        file = next((file for file in files if file.exists()), None)
-        if file is None:
-            raise CheckpointError(f"{path} is no Stable Diffusion folder: there is no {files[0].relative_to(path)}.")
-        parts[part] = rename(read_weights(file), RENAMES)
-    return parts
+    return {part: rename(part_entries(path, part), RENAMES) for part in PARTS}
 
 
-def read_settings(folder: Path) -> dict[str, dict]:
+def read_settings(folder: Path, required: dict[str, dict], expected: dict[str, dict]) -> dict[str, dict]:
     """The folder's configuration files. Raises CheckpointError if one is missing or describes another model."""
     settings = {}
-    for part, expected in EXPECTED.items():
+    for part in expected:
         file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
         settings[part] = found = read_json(file)
-        for name, value in (REQUIRED[part] | expected).items():
-            if found.get(name, None if name in REQUIRED[part] else value) != value:
+        for name, value in (required[part] | expected[part]).items():
+            if found.get(name, None if name in required[part] else value) != value:
                 raise CheckpointError(f"{file} says {name} = {found.get(name)!r}; here it can only be {value!r}.")
     return settings
 
@@ -200,21 +200,30 @@ def make_unet(entries: Entries, settings: dict) -> UNet:
     )
 
 
-def make_vae(entries: Entries, settings: dict) -> VAE:
+def make_vae(entries: Entries, settings: dict, quant: bool = True) -> VAE:
     """A VAE as the shapes say, with 32 groups and SD1.5's scaling factor unless the settings know better."""
     widths, factor = level_widths(entries, "encoder.", settings), settings.get("scaling_factor", 0.18215)
     if not isinstance(factor, Real) or not 0 < factor < math.inf:
         raise ValueError(f"scaling_factor is {factor!r}, not a number above 0")
-    layers, latents = count(entries, "encoder.down_blocks.0.resnets."), entries["post_quant_conv.weight"].shape[0]
-    return VAE(widths, layers, latents, share(settings, "norm_num_groups", 32, math.gcd(*widths)), factor)
+    shift = settings.get("shift_factor") or 0.0
+    if not isinstance(shift, Real) or not -math.inf < shift < math.inf:
+        raise ValueError(f"shift_factor is {shift!r}, not a number")
+    layers, groups = count(entries, "encoder.down_blocks.0.resnets."), math.gcd(*widths)
+    latents = entries["post_quant_conv.weight" if quant else "decoder.conv_in.weight"].shape[0 if quant else 1]
+    return VAE(widths, layers, latents, share(settings, "norm_num_groups", 32, groups), factor, shift, quant)
 
 
-def make_text_encoder(entries: Entries, settings: dict) -> CLIPTextEncoder:
-    """A text encoder as the shapes say, with heads of 64 channels, as in every CLIP, or as many as set."""
+def clip_sizes(entries: Entries, settings: dict) -> tuple[int, ...]:
+    """What CLIPTextEncoder takes, as the shapes say, with heads of 64 channels, as in every CLIP, or as many as set."""
     vocabulary, channels = entries["token_embedding.weight"].shape
     positions, hidden = (entries[f"{name}.weight"].shape[0] for name in ("position_embedding", "layers.0.fc1"))
     heads = share(settings, "num_attention_heads", max(channels // 64, 1), channels)
-    return CLIPTextEncoder(vocabulary, positions, channels, hidden, count(entries, "layers."), heads)
+    return vocabulary, positions, channels, hidden, count(entries, "layers."), heads
+
+
+def make_text_encoder(entries: Entries, settings: dict) -> CLIPTextEncoder:
+    """The text encoder of SD1.5, as the shapes say."""
+    return CLIPTextEncoder(*clip_sizes(entries, settings))
 
 
 def fill(module: nn.Module, entries: Entries, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
@@ -238,41 +247,47 @@ def fill(module: nn.Module, entries: Entries, dtype: torch.dtype, device: torch.
     return module.eval()
 
 
-def load(path: str | Path, config: str | Path | None = None, dtype=torch.float32, device="cpu", fast: bool = True):
-    """A StableDiffusion 1.x of any width and depth, from a diffusers folder or an original single file.
+def build(path: Path, part: str, make: Callable, entries: Entries, settings: dict, dtype, device, fast) -> nn.Module:
+    """One part, by its `make(entries, settings)`. Raises CheckpointError if it cannot be."""
+    try:
+        with torch.device("meta"):
+            module = make(entries, settings)
+        return fill(speed_up(module) if fast and device.type == "cpu" else module, entries, dtype, device)
+    except (LookupError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = "there is no " * isinstance(error, KeyError) + str(error).partition("\n")[0].rstrip(".")
+        raise CheckpointError(f"The {part} in {path} cannot be loaded: {reason}.") from None
 
-    A single file has neither tokenizer nor the numbers of heads and groups: `config` is a folder in the layout of
-    diffusers to take them from; without, they are SD1.5's. `dtype` is what the weights become. `fast` takes the layers
-    of `fast_cpu` on a CPU, False the plain ones there too. Raises CheckpointError, one sentence.
-    """
-    path, device = Path(path), torch.empty(0, device=device).device
-    if not path.exists():
-        raise CheckpointError(f"There is no {path}.")
-    folder = Path(config) if config else path if path.is_dir() else None
-    parts = read_folder(path) if path.is_dir() else read_single_file(path)
-    settings = read_settings(folder) if folder else dict.fromkeys(PARTS, {})
-    made = {}
-    for part, make in (("text_encoder", make_text_encoder), ("vae", make_vae), ("unet", make_unet)):
-        try:
-            with torch.device("meta"):
-                module = make(parts[part], settings[part])
-            made[part] = fill(speed_up(module) if fast and device.type == "cpu" else module, parts[part], dtype, device)
-        except (LookupError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-            reason = "there is no " * isinstance(error, KeyError) + str(error).partition("\n")[0].rstrip(".")
-            raise CheckpointError(f"The {part} in {path} cannot be loaded: {reason}.") from None
-    text_encoder, vae, unet = made.values()
-    latents, tokens = vae.latent_channels, text_encoder.token_embedding
-    found = (unet.conv_in.in_channels, unet.conv_out.out_channels, unet.context_channels)
-    if found != (latents, latents, tokens.embedding_dim):
-        reads = f"The unet in {path} reads latents of {found[0]} channels and tokens of {found[2]}"
-        raise CheckpointError(f"{reads}, not of {latents} and {tokens.embedding_dim}: it was made for another task.")
-    tokenizer = None
-    if folder and (path.is_dir() or (folder / "tokenizer").exists()):
-        tokenizer = Tokenizer(folder / "tokenizer", text_encoder.positions)
-        if max(tokenizer.pieces.get_vocab().values()) >= tokens.num_embeddings:
-            raise CheckpointError(f"The tokenizer in {folder} knows more tokens than the text encoder in {path}.")
-    size = settings["unet"].get("sample_size") or 64  # of the latents
+
+def read_tokenizer(folder: Path, text_encoder: nn.Module, path: Path, length: int, *around: str | None) -> Tokenizer:
+    """The tokenizer in `folder`. Raises CheckpointError if it has tokens that the text encoder from `path` has not."""
+    tokenizer = Tokenizer(folder, length, *around)
+    if max(tokenizer.pieces.get_vocab().values()) >= text_encoder.token_embedding.num_embeddings:
+        raise CheckpointError(f"The tokenizer in {folder} knows more tokens than the text encoder in {path}.")
+    return tokenizer
+
+
+def own_size(folder: Path | None, settings: dict, default: int, factor: int) -> tuple[int, int]:
+    """Height and width of the pictures of training, in pixels: `factor` times those of the latents in the settings."""
+    size = settings.get("sample_size") or default
     size = size if isinstance(size, list) else [size] * 2
     if len(size) != 2 or not all(isinstance(side, int) and 0 < side <= 1024 for side in size):
         raise CheckpointError(f"{folder} says that sample_size is {size!r}: give a whole number, or two.")
-    return StableDiffusion(text_encoder, vae, unet, tokenizer, (size[0] * vae.factor, size[1] * vae.factor))
+    return size[0] * factor, size[1] * factor
+
+
+def load(path: Path, entries: Entries | None, folder: Path | None, dtype, device, fast: bool) -> StableDiffusion:
+    """A StableDiffusion 1.x from the folder `path`, or from `entries` of a single file; `folder` has the settings."""
+    parts = read_single_file(path, entries) if entries is not None else read_folder(path)
+    settings = read_settings(folder, REQUIRED, EXPECTED) if folder else dict.fromkeys(PARTS, {})
+    makers = {"text_encoder": make_text_encoder, "vae": make_vae, "unet": make_unet}
+    made = {p: build(path, p, make, parts[p], settings[p], dtype, device, fast) for p, make in makers.items()}
+    text_encoder, vae, unet = made.values()
+    latents, channels = vae.latent_channels, text_encoder.token_embedding.embedding_dim
+    found = (unet.conv_in.in_channels, unet.conv_out.out_channels, unet.context_channels)
+    if found != (latents, latents, channels):
+        reads = f"The unet in {path} reads latents of {found[0]} channels and tokens of {found[2]}"
+        raise CheckpointError(f"{reads}, not of {latents} and {channels}: it was made for another task.")
+    tokenizer = None
+    if folder and (path.is_dir() or (folder / "tokenizer").exists()):
+        tokenizer = read_tokenizer(folder / "tokenizer", text_encoder, path, text_encoder.positions)
+    return StableDiffusion(text_encoder, vae, unet, tokenizer, own_size(folder, settings["unet"], 64, vae.factor))

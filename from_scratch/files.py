@@ -64,6 +64,16 @@ def read_weights(path: Path) -> Entries:
     return {name: Entry(tuple(tensor.shape), partial(Tensor.detach, tensor)) for name, tensor in tensors.items()}
 
 
+def part_entries(folder: Path, part: str) -> Entries:
+    """The weights of one part of a diffusers folder: in one file, or in several that are numbered."""
+    stem, old = ("model", "pytorch_model") if part.startswith("text_encoder") else ("diffusion_pytorch_model",) * 2
+    names = [f"{stem}{kind}.safetensors" for kind in ("", ".fp16", "-*-of-*", ".fp16-*-of-*")]
+    for pattern in (*names, f"{old}.bin"):
+        if files := sorted((folder / part).glob(pattern)):
+            return {name: entry for file in files for name, entry in read_weights(file).items()}
+    raise CheckpointError(f"{folder} is no Stable Diffusion folder: there is no {part}/{names[0]}.")
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file."""
     try:

@@ -21,6 +21,7 @@ from from_scratch.unet import UNet
 from from_scratch.vae import VAE
 
 MOST_PIXELS = 2048 * 2048  # of one picture; far more would take all of the memory
+NO_TOKENIZER = "There is no tokenizer, as single files hold none: use load(path, config=FOLDER)."
 
 
 def upright(image: Image.Image, name: str = "image") -> Image.Image:
@@ -68,28 +69,16 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-class StableDiffusion:
-    """Draws by `generate`. `size` is the (height, width) in pixels of training. `from_scratch.load` makes one."""
+class Pipeline:
+    """What Stable Diffusion 1.5 and 3.5 have in common: pictures to latents and back, and the loop between.
 
-    def __init__(self, text_encoder: CLIPTextEncoder, vae: VAE, unet: UNet, tokenizer: Tokenizer | None, size: tuple):
-        self.text_encoder, self.vae, self.unet, self.tokenizer, self.size = text_encoder, vae, unet, tokenizer, size
-        self.device, self.dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
+    `size` is the (height, width) in pixels of training, `grid` the pixels of which height and width are multiples. Each
+    adds `encode_prompts`, whose result is handed to its predictions.
+    """
 
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """B prompts -> the context (B, M, D) that the UNet reads. Warns of what did not fit and was cut off."""
-        if self.tokenizer is None:
-            raise ValueError("There is no tokenizer, as single files hold none: use load(path, config=FOLDER).")
-        return self.text_encoder(self.tokenizer.encode(prompts).to(self.device))
-
-    def predict_noise(self, x: Tensor, timestep: int, context: Tensor, guidance: float) -> Tensor:
-        """(B, C, h, w) -> the noise in it, in float32. Classifier-free guidance (Ho & Salimans 2022) above 1:
-        ε = ε(negative) + guidance (ε(prompt) - ε(negative)); `context` (2 B, M, D) has the negative prompts first.
-        """
-        x = x.to(self.dtype)
-        if guidance <= 1:
-            return self.unet(x, timestep, context).float()
-        negative, positive = self.unet(torch.cat([x, x]), timestep, context).float().chunk(2)
-        return negative + guidance * (positive - negative)
+    def __init__(self, vae: VAE, size: tuple[int, int], grid: int, weight: Tensor):
+        self.vae, self.size, self.grid = vae, size, grid
+        self.device, self.dtype = weight.device, weight.dtype  # as one weight's, so all weights'
 
     def encode_image(self, image: Image.Image, height: int, width: int, generator: torch.Generator) -> Tensor:
         """A picture -> latents (1, C, h, w) in float32, drawn from the VAE's distribution."""
@@ -108,16 +97,101 @@ class StableDiffusion:
 
     def picture_size(self, image: Image.Image | None, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width to draw: as asked for, else the image's, rounded down, else the model's own."""
-        factor, (own_height, own_width) = self.vae.factor, self.size
+        grid, (own_height, own_width) = self.grid, self.size
         if image is not None:
-            own_width, own_height = (max(side - side % factor, factor) for side in image.size)
+            own_width, own_height = (max(side - side % grid, grid) for side in image.size)
         sides = (own_height if height is None else height, own_width if width is None else width)
         for name, side in zip(("height", "width"), sides, strict=True):
-            if not isinstance(side, Integral) or side < factor or side % factor:
-                raise ValueError(f"The {name} is {side!r}: give a positive multiple of {factor} pixels.")
+            if not isinstance(side, Integral) or side < grid or side % grid:
+                raise ValueError(f"The {name} is {side!r}: give a positive multiple of {grid} pixels.")
         if sides[0] * sides[1] > MOST_PIXELS:
             raise ValueError(f"{sides[1]}x{sides[0]} pixels are too many: give at most 2048x2048, or as many in all.")
         return int(sides[0]), int(sides[1])
+
+    def draw(
+        self, prompt, negative_prompt, image, mask, strength, guidance, seed, height, width, on_step, method, predict
+    ):
+        """What `generate` does in each of them, with its arguments and two more: `method` is a sampler, and
+        `predict(latents, index, prompts)` gives what a step of it reads; `prompts` are the encoded prompts, after the
+        negative ones if guidance is above 1.
+        """
+        given = {"prompt": prompt, "negative_prompt": negative_prompt, "image": image, "mask": mask, "seed": seed}
+        lists = {name: len(value) for name, value in given.items() if isinstance(value, list)}
+        count = next(iter(lists.values()), 1)
+        for name, length in lists.items():
+            if length != count or count == 0:
+                raise ValueError(f"There are {length} of {name} for {count} pictures: give one, or one for each.")
+        each = (value if isinstance(value, list) else [value] * count for value in given.values())
+        prompts, negatives, images, masks, seeds = each
+        seeds = [secrets.randbits(32) if s is None else s for s in seeds]
+        try:
+            "".join(prompts + negatives).encode()
+        except (TypeError, UnicodeEncodeError):
+            raise ValueError("prompt and negative_prompt are not text: give a string, or a list of them.") from None
+        if mask is not None and image is None:
+            raise ValueError("There is a mask but no image: give the picture of which the mask is a part.")
+        if not (isinstance(strength, Real) and 0 <= strength <= 1):
+            raise ValueError(f"strength is {strength!r}: give a number from 0, nothing changes, to 1, all of it may.")
+        if not (isinstance(guidance, Real) and -1000 <= guidance <= 1000):
+            raise ValueError(f"guidance is {guidance!r:.20}: give a number; 4 to 8 are usual and 1 switches it off.")
+        if not all(isinstance(s, Integral) and 0 <= s < 2**63 for s in seeds):
+            raise ValueError(f"seed is {seed!r}: give a whole number from 0 on, or a list of them.")
+        seeds = [seed + k for k in range(count)] if isinstance(seed, Integral) else seeds
+        images = [upright(i) for i in images] if image is not None else []
+        height, width = self.picture_size(images[0] if images else None, height, width)
+
+        # The prompt: with guidance, the negative prompts and the prompts go through every model as one batch.
+        encoded = self.encode_prompts(negatives + prompts if guidance > 1 else prompts)
+
+        # The start: noise, or the image with as much noise as the step expects at which it enters.
+        generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
+        steps = len(method.timesteps)
+        start, clean, keep = 0, None, None
+        if images:
+            start = method.entry(strength)
+            clean = torch.cat([self.encode_image(i, height, width, g) for i, g in zip(images, generators, strict=True)])
+        noise = self.noise(height, width, generators)
+        if mask is not None:
+            keep = 1 - torch.cat([mask_to_tensor(m, height, width, self.vae.factor) for m in masks]).to(self.device)
+        if clean is None or (keep is not None and strength == 1):
+            latents = method.first(noise)
+        else:
+            latents = method.add_noise(clean, noise, start)
+
+        for index in range(start, steps):
+            predicted = predict(latents, index, encoded)
+            latents = method.step(latents, predicted, index, lambda: self.noise(height, width, generators))
+            if keep is not None:
+                latents = (1 - keep) * latents + keep * method.add_noise(clean, noise, index + 1)
+            if on_step is not None:
+                on_step(index + 1 - start, steps - start, latents)
+
+        pictures = self.decode(latents)
+        return pictures if lists else pictures[0]
+
+
+class StableDiffusion(Pipeline):
+    """Draws by `generate`. `size` is the (height, width) in pixels of training. `from_scratch.load` makes one."""
+
+    def __init__(self, text_encoder: CLIPTextEncoder, vae: VAE, unet: UNet, tokenizer: Tokenizer | None, size: tuple):
+        super().__init__(vae, size, vae.factor, unet.conv_in.weight)
+        self.text_encoder, self.unet, self.tokenizer = text_encoder, unet, tokenizer
+
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """B prompts -> the context (B, M, D) that the UNet reads. Warns of what did not fit and was cut off."""
+        if self.tokenizer is None:
+            raise ValueError(NO_TOKENIZER)
+        return self.text_encoder(self.tokenizer.encode(prompts).to(self.device))
+
+    def predict_noise(self, x: Tensor, timestep: int, context: Tensor, guidance: float) -> Tensor:
+        """(B, C, h, w) -> the noise in it, in float32. Classifier-free guidance (Ho & Salimans 2022) above 1:
+        ε = ε(negative) + guidance (ε(prompt) - ε(negative)); `context` (2 B, M, D) has the negative prompts first.
+        """
+        x = x.to(self.dtype)
+        if guidance <= 1:
+            return self.unet(x, timestep, context).float()
+        negative, positive = self.unet(torch.cat([x, x]), timestep, context).float().chunk(2)
+        return negative + guidance * (positive - negative)
 
     @torch.no_grad()
     def generate(
@@ -147,57 +221,11 @@ class StableDiffusion:
 
         Raises ValueError, one sentence, for anything that cannot be drawn.
         """
-        given = {"prompt": prompt, "negative_prompt": negative_prompt, "image": image, "mask": mask, "seed": seed}
-        lists = {name: len(value) for name, value in given.items() if isinstance(value, list)}
-        count = next(iter(lists.values()), 1)
-        for name, length in lists.items():
-            if length != count or count == 0:
-                raise ValueError(f"There are {length} of {name} for {count} pictures: give one, or one for each.")
-        each = (value if isinstance(value, list) else [value] * count for value in given.values())
-        prompts, negatives, images, masks, seeds = each
-        seeds = [secrets.randbits(32) if s is None else s for s in seeds]
-        try:
-            "".join(prompts + negatives).encode()
-        except (TypeError, UnicodeEncodeError):
-            raise ValueError("prompt and negative_prompt are not text: give a string, or a list of them.") from None
-        if mask is not None and image is None:
-            raise ValueError("There is a mask but no image: give the picture of which the mask is a part.")
-        if not (isinstance(strength, Real) and 0 <= strength <= 1):
-            raise ValueError(f"strength is {strength!r}: give a number from 0, nothing changes, to 1, all of it may.")
-        if not (isinstance(guidance, Real) and -1000 <= guidance <= 1000):
-            raise ValueError(f"guidance is {guidance!r:.20}: give a number; 7.5 is usual and 1 switches it off.")
-        if not all(isinstance(s, Integral) and 0 <= s < 2**63 for s in seeds):
-            raise ValueError(f"seed is {seed!r}: give a whole number from 0 on, or a list of them.")
-        seeds = [seed + k for k in range(count)] if isinstance(seed, Integral) else seeds
         method = samplers.make(sampler, steps)
-        images = [upright(i) for i in images] if image is not None else []
-        height, width = self.picture_size(images[0] if images else None, height, width)
 
-        # The prompt: with guidance, the negative prompts and the prompts go through every model as one batch.
-        context = self.encode_prompts(negatives + prompts if guidance > 1 else prompts)
+        def predict(latents: Tensor, index: int, context: Tensor) -> Tensor:
+            return self.predict_noise(method.model_input(latents, index), method.timesteps[index], context, guidance)
 
-        # The start: noise, or the image with as much noise as the step expects at which it enters.
-        generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
-        start, clean, keep = 0, None, None
-        if images:
-            start = steps - int(steps * strength)
-            clean = torch.cat([self.encode_image(i, height, width, g) for i, g in zip(images, generators, strict=True)])
-        noise = self.noise(height, width, generators)
-        if mask is not None:
-            keep = 1 - torch.cat([mask_to_tensor(m, height, width, self.vae.factor) for m in masks]).to(self.device)
-        if clean is None or (keep is not None and strength == 1):
-            latents = method.first(noise)
-        else:
-            latents = method.add_noise(clean, noise, start)
-
-        for index in range(start, steps):
-            x = method.model_input(latents, index)
-            eps = self.predict_noise(x, method.timesteps[index], context, guidance)
-            latents = method.step(latents, eps, index, lambda: self.noise(height, width, generators))
-            if keep is not None:
-                latents = (1 - keep) * latents + keep * method.add_noise(clean, noise, index + 1)
-            if on_step is not None:
-                on_step(index + 1 - start, steps - start, latents)
-
-        pictures = self.decode(latents)
-        return pictures if lists else pictures[0]
+        return self.draw(
+            prompt, negative_prompt, image, mask, strength, guidance, seed, height, width, on_step, method, predict
+        )

@@ -45,6 +45,10 @@ class Sampler:
         """σ at step `index`; past the last one 0."""
         return ((1 - self.alpha(index)) / self.alpha(index)) ** 0.5
 
+    def entry(self, strength: float) -> int:
+        """The step at which a picture enters of which the share `strength`, 0 to 1, may change."""
+        return len(self.timesteps) - int(len(self.timesteps) * strength)
+
     def first(self, noise: Tensor) -> Tensor:
         """Standard normal noise -> the latents to start from."""
         return noise

@@ -81,19 +81,21 @@ class Decoder(nn.Sequential):
 
 
 class VAE(nn.Module):
-    """`encode` and `decode`. Latents are multiplied by `scaling_factor`, which gives them a variance of about 1.
+    """`encode` and `decode`. Of latents z the models see (z - shift) · scaling, with a variance of about 1.
 
     `widths` are the channels from the picture's size down to the latents'; `layers` the residual blocks per level.
+    Stable Diffusion 1.5 has a 1x1 convolution on either side of the latents (`quant`) and no shift, 3 the opposite.
     """
 
-    def __init__(self, widths: list[int], layers: int, latent_channels: int, groups: int, scaling_factor: float):
+    def __init__(self, widths, layers, latent_channels, groups, scaling_factor, shift_factor=0.0, quant=True):
         super().__init__()
-        self.scaling_factor, self.latent_channels = scaling_factor, latent_channels
+        self.scaling_factor, self.shift_factor, self.latent_channels = scaling_factor, shift_factor, latent_channels
         self.factor = 2 ** (len(widths) - 1)  # pixels a latent, in each direction
         self.encoder = Encoder(widths, layers, latent_channels, groups)
         self.decoder = Decoder(widths, layers, latent_channels, groups)
-        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        both = 2 * latent_channels
+        self.quant_conv = nn.Conv2d(both, both, 1) if quant else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if quant else nn.Identity()
 
     def distribution(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the unscaled latents of pictures (B, 3, H, W) in [-1, 1]."""
@@ -101,10 +103,11 @@ class VAE(nn.Module):
         return mean, torch.exp(0.5 * log_variance.clamp(-30, 20))
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> latents s (μ + σ noise); without noise, the most likely ones, s μ."""
+        """Pictures (B, 3, H, W) in [-1, 1] -> latents z = μ + σ noise, shifted and scaled; no noise: z = μ."""
         mean, deviation = self.distribution(images)
-        return self.scaling_factor * (mean if noise is None else mean + deviation * noise)
+        z = mean if noise is None else mean + deviation * noise
+        return self.scaling_factor * (z - self.shift_factor)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, latent channels, h, w) -> pictures (B, 3, h · factor, w · factor), about in [-1, 1]."""
-        return self.decoder(self.post_quant_conv(latents / self.scaling_factor))
+        return self.decoder(self.post_quant_conv(latents / self.scaling_factor + self.shift_factor))
