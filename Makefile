@@ -1,6 +1,7 @@
 # make lab     opens JupyterLab on the first notebook
 # make test    runs all checks: ruff, unit tests, every notebook
 # make test-colab                runs unit tests and notebooks on Colab's own versions
+# make test-browser              runs the panel of notebook 00 in JupyterLab and Chromium
 # make test-gpu                  runs what needs CUDA: tests, the full-size rehearsal (16 GB of disk), benchmarks
 # make train   rebuilds the bundled models from nothing (on a CPU: hours)
 # make evaluate                  recomputes the figures in the model cards
@@ -33,10 +34,10 @@ NBVAL := $(PYTEST) --durations 5 --nbval-lax --nbval-current-env --nbval-cell-ti
 # As on a machine with no GPU and no network.
 ALONE := CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1
 
-.PHONY: lab test test-colab test-gpu train evaluate badges clean distclean
+.PHONY: lab test test-colab test-gpu test-browser train evaluate badges clean distclean
 
 lab: $(STAMP)
-	$(PY) -m jupyterlab $(AS_ROOT) notebooks/00_start_here.ipynb
+	$(PY) -m jupyterlab $(AS_ROOT) --LabApp.news_url=None notebooks/00_start_here.ipynb
 
 # One thread for each worker.
 test test-colab: export OMP_NUM_THREADS := 1
@@ -62,11 +63,14 @@ test-gpu: $(STAMP)
 	$(PY) tests/rehearsal/measure.py build/sd35 --plans staged no-t5 model-offload --sizes 512 --pictures 2
 	$(PY) -m benchmarks.from_scratch --cuda --folder build/sd15
 
+test-browser: $(STAMP)
+	$(ALONE) $(PY) -m pytest -q tests/browser/check_panel.py
+
 train: $(STAMP)
 	$(PY) -m storybook.train
 
 evaluate: $(STAMP)
-	$(PY) -m storybook.evaluate models/storybook-sd --guidance 2
+	$(PY) -m storybook.evaluate models/storybook-sd --guidance 4
 	$(PY) -m storybook.evaluate models/storybook-sd3 --guidance 3
 
 # Neither make nor the shell reads what REPO holds; tools.badges does.

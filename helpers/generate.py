@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import diffusers
 import torch
@@ -19,7 +20,7 @@ from helpers.prompts import notes as notes
 from helpers.prompts import unknown_words as unknown_words
 from helpers.schedulers import DIFFUSION_SCHEDULERS as DIFFUSION_SCHEDULERS
 from helpers.schedulers import FLOW_SCHEDULERS as FLOW_SCHEDULERS
-from helpers.schedulers import one_run_with
+from helpers.schedulers import one_run_with, predicted_x0
 from helpers.schedulers import schedulers as schedulers
 from helpers.settings import Settings as Settings
 
@@ -66,7 +67,8 @@ def generate(
 
     Where the GPU's memory runs full, a pipeline with a plan starts again under a smaller one, and a picture is
     decoded in tiles; `say` is told so. If decoding fails all the same, the finished latents are in `pipe.kept_latents`
-    for `decode(pipe, pipe.kept_latents)`, and the steps need not be repeated.
+    for `decode(pipe, pipe.kept_latents)`, and the steps need not be repeated. After a stop, and after an interrupt too,
+    `partial(pipe)` gives the pictures as they were going to be.
 
     What the model will not see of the prompt is told to `say`, one sentence each (`notes`). Raises ValueError, one
     sentence, for settings that cannot be drawn, RuntimeError naming the stage if numbers stop being finite. Whatever
@@ -81,17 +83,48 @@ def generate(
     bar = tqdm(total=settings.steps, leave=False, disable=not watched()) if on_step is None else None
     watch = _Watch(on_step, should_stop, bar)
     with letting_go(), _drawing, one_run_with(pipe, settings.scheduler), _quiet(pipe):
+        pipe.kept_guess = None
         try:
             latents = _with_less_memory(pipe, _Draw(pipe, settings, image, mask, watch), settings, say)
             pipe.kept_latents = latents  # until they are a picture
             pixels = decode(pipe, latents, say)
         except _Stopped:
+            pipe.kept_guess = _Guess(predicted_x0(pipe.scheduler), settings, watch.step)
             return []
+        except KeyboardInterrupt:
+            if watch.step:
+                pipe.kept_guess = _Guess(predicted_x0(pipe.scheduler), settings, watch.step)
+            raise
         finally:
             pipe.maybe_free_model_hooks()  # an offloaded pipeline that was left early is still on the GPU
             if bar is not None:
                 bar.close()
     pipe.kept_latents = None
+    return _pictures(pipe, pixels, settings)
+
+
+def partial(pipe: diffusers.DiffusionPipeline, say: Callable[[str], None] = print) -> list[Image.Image]:
+    """The pictures of the latest run if it was stopped or interrupted: the model's last guess of the finished ones.
+
+    [] if that run ended, or was left before its first step was done. `image.info` has "stopped_after", the number of
+    steps, beside "settings", which draw the whole picture. Raises RuntimeError as `decode` does.
+    """
+    with letting_go(), _drawing:
+        guess = getattr(pipe, "kept_guess", None)
+        if guess is None:
+            return []
+        try:
+            pixels = decode(pipe, guess.latents, say)
+        finally:
+            pipe.maybe_free_model_hooks()
+    images = _pictures(pipe, pixels, guess.settings)
+    for image in images:
+        image.info["stopped_after"] = guess.step
+    return images
+
+
+def _pictures(pipe, pixels: torch.Tensor, settings: Settings) -> list[Image.Image]:
+    """Pixels (B, 3, H, W) in [0, 1] as RGB pictures that know what drew them."""
     images = pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(pixels))
     for k, drawn in enumerate(images):
         drawn.info["settings"] = replace(settings, seed=settings.seed + k, count=1)
@@ -154,7 +187,7 @@ def resolve(
         raise ValueError("The prompt is empty: write what the picture should show.")
     if scheduler not in schedulers(pipe):
         raise ValueError(
-            f"There is no scheduler {scheduler!r} for this model: choose one of {', '.join(schedulers(pipe))}."
+            f"There is no scheduler {str(scheduler)[:40]!r} here: choose one of {', '.join(schedulers(pipe))}."
         )
     guidance = _number(guidance)
     if guidance is None or guidance < 0:
@@ -188,6 +221,14 @@ def model_name(pipe: diffusers.DiffusionPipeline) -> str:
     return model.name if model else str(getattr(pipe.config, "_name_or_path", "")).rstrip("/").split("/")[-1]
 
 
+class _Guess(NamedTuple):
+    """What is left of a run that was stopped: the predicted x0 (B, C, h, w) after `step` steps."""
+
+    latents: torch.Tensor
+    settings: Settings
+    step: int
+
+
 @dataclass
 class _Watch:
     """What a pipeline of diffusers calls after every step."""
@@ -195,12 +236,14 @@ class _Watch:
     on_step: Callable[[int, int, torch.Tensor], None] | None
     should_stop: Callable[[], bool] | None
     bar: tqdm | None
+    step: int = 0  # so many are done
 
     def __call__(self, pipe, index: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict:
         steps = pipe.num_timesteps
         if index == 0:
             _require_finite(tensors["prompt_embeds"], "the text encoder's output")
         _require_finite(tensors["latents"], f"the latents after step {index + 1} of {steps}")
+        self.step = index + 1
         if self.on_step is not None:
             self.on_step(index + 1, steps, tensors["latents"])
         if self.bar is not None:

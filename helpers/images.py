@@ -12,10 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
+from helpers import infotext
 from helpers.loading.registry import ROOT as ROOT
 from helpers.settings import Settings
 
@@ -26,6 +28,7 @@ FONT_SIZE = 15
 TITLE_SIZE = 20
 SHOWN = 1200  # about as wide as a notebook shows a picture, in pixels
 LIBRARIES = ("torch", "diffusers", "transformers")
+MOST_PIXELS = 50_000_000  # of a picture to start from: beyond, opening it takes more memory than drawing
 
 
 def grid(
@@ -130,43 +133,16 @@ def save(
 ) -> Path:
     """Write a PNG with its settings inside and return where: `<prompt>-<seed>.png`, numbered rather than overwriting.
 
-    A picture from `generate` knows what drew it, its own seed in a batch included, and that is what is stored;
-    `settings` is for pictures from elsewhere. A relative `folder` is in the repository. The file appears whole or not
+    `encoded` says which settings those are. A relative `folder` is in the repository. The file appears whole or not
     at all, an interrupt included. Raises ValueError without any settings, OSError in one sentence where nothing can be
     written.
     """
-    model = image.info.get("model", "")
-    known = image.info.get("settings")
-    if isinstance(known, str):  # a picture that was saved and opened again
-        try:
-            found = _parse(known)
-            known, model = _settings(found), found.get("model", "")
-        except (ValueError, RecursionError):
-            known = None
-    settings = known or settings
-    if settings is None:
-        raise ValueError("Nothing is known about this picture: give its settings too, save(image, settings).")
+    content, settings = _encode(image, settings)
     folder = ROOT / Path(folder).expanduser()
-    record = {
-        "settings": asdict(settings),
-        "model": model,
-        "versions": {library: version(library) for library in LIBRARIES},
-    }
-    chunks = PngImagePlugin.PngInfo()
-    for key, text in (
-        ("settings", json.dumps(record, ensure_ascii=False, default=str)),
-        ("parameters", _parameters(settings, record["model"], image.size)),
-    ):
-        chunks.add_itxt(key, text.encode("utf-8", "replace").decode())
-    # Only letters and digits of any prompt reach the disk, so none can leave the folder.
-    stem = re.sub(r"[^a-z0-9]+", "-", (name or settings.prompt).lower().removesuffix(".png")).strip("-")[:60]
-    stem = (stem or "picture") if name else f"{stem or 'picture'}-{settings.seed}"
-    content = io.BytesIO()
-    (image if image.mode in PNG_MODES else image.convert("RGB")).save(content, format="PNG", pnginfo=chunks)
     try:
         # An interrupt reaches the main thread alone, so that what another one does is done whole.
         with ThreadPoolExecutor(1) as pool:
-            return pool.submit(_write, content.getvalue(), folder, stem).result()
+            return pool.submit(_write, content, folder, file_stem(settings, name)).result()
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         place = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
@@ -175,26 +151,109 @@ def save(
         ) from error
 
 
-def settings(path: str | Path) -> Settings:
-    """The settings inside a PNG that `save` wrote. Raises ValueError, one sentence, if there are none."""
-    return _settings(record(path))
+def encoded(image: Image.Image, settings: Settings | None = None) -> bytes:
+    """The PNG file that `save` writes, with its settings inside twice: as JSON, and as other tools read them.
 
-
-def record(path: str | Path) -> dict:
-    """All that `save` wrote into a PNG: {"settings": {...}, "model": name, "versions": {library: version}}.
-
-    A relative path is in the repository, as for `save`, or else in the working folder. Raises ValueError, one sentence.
+    A picture from `generate` knows what drew it, its own seed in a batch included, and that is what is stored;
+    `settings` is for pictures from elsewhere. Raises ValueError without any settings.
     """
-    place = Path(path).expanduser()
+    return _encode(image, settings)[0]
+
+
+def file_stem(settings: Settings, name: str | None = None) -> str:
+    """The name of a file for such a picture, without .png: only letters and digits of any prompt reach the disk."""
+    stem = re.sub(r"[^a-z0-9]+", "-", (name or settings.prompt).lower().removesuffix(".png")).strip("-")[:60]
+    return (stem or "picture") if name else f"{stem or 'picture'}-{settings.seed}"
+
+
+def _encode(image: Image.Image, settings: Settings | None) -> tuple[bytes, Settings]:
+    model, known = image.info.get("model", ""), image.info.get("settings")
+    stopped = image.info.get("stopped_after")
+    if isinstance(known, str):  # a picture that was saved and opened again
+        try:
+            found = _parse(known)
+            known, model, stopped = _settings(found), found.get("model", ""), found.get("stopped_after")
+        except (ValueError, RecursionError):
+            known = None
+    settings = known or settings
+    if settings is None:
+        raise ValueError("Nothing is known about this picture: give its settings too, save(image, settings).")
+    record = {
+        "settings": asdict(settings),
+        "model": model,
+        "versions": {library: version(library) for library in LIBRARIES},
+    }
+    if stopped is not None:
+        record["stopped_after"] = stopped
+    chunks = PngImagePlugin.PngInfo()
+    for key, text in (
+        ("settings", json.dumps(record, ensure_ascii=False, default=str)),
+        ("parameters", infotext.write(settings, model, image.size)),
+    ):
+        chunks.add_itxt(key, text.encode("utf-8", "replace").decode())
+    content = io.BytesIO()
+    (image if image.mode in PNG_MODES else image.convert("RGB")).save(content, format="PNG", pnginfo=chunks)
+    return content.getvalue(), settings
+
+
+def opened(content: bytes) -> Image.Image:
+    """A photo or drawing of somebody's as an RGB picture to start from: upright, white where it is transparent.
+
+    Raises ValueError, one sentence, for what is no picture or has more than 50 million pixels.
+    """
     try:
-        with Image.open(ROOT / place if (ROOT / place).exists() else place) as image:
-            return _parse(image.info["settings"])
+        with Image.open(io.BytesIO(content)) as image:
+            if image.width * image.height > MOST_PIXELS:  # known before anything is decoded
+                raise ValueError(
+                    f"The picture has {image.width} x {image.height} pixels: make it smaller, "
+                    f"{MOST_PIXELS // 10**6} million are the most."
+                )
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits; Pillow would make all above 255 white
+                upright = upright.point(lambda value: value / 256).convert("L")
+            upright = upright.convert("RGBA")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError("The file is not a picture that can be opened: choose a PNG or a JPEG.") from error
+    return Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB")
+
+
+def settings(file: str | Path | BinaryIO) -> Settings:
+    """The settings inside a PNG of `save` or of another tool that writes like A1111. Raises ValueError, one sentence.
+
+    Of another tool's file they may be ones that no model here can draw; what it does not say is None.
+    """
+    return _settings(record(file))
+
+
+def record(file: str | Path | BinaryIO) -> dict:
+    """All that a PNG says: {"settings": {...}, "model": name, "versions": {library: version}}, from the JSON of `save`.
+
+    "stopped_after" is there for a picture that was stopped: the step that it is from. Without such JSON the text of
+    A1111 is read; then "versions" is empty, and "others" holds what `Settings` has no place for. A relative path is
+    in the repository, as for `save`, or else in the working folder. Raises ValueError, one sentence.
+    """
+    shown, place = "The file", file
+    if isinstance(file, (str, Path)):
+        shown, path = file, Path(file).expanduser()
+        place = ROOT / path if (ROOT / path).exists() else path
+    try:
+        with Image.open(place) as image:
+            chunks = dict(image.info)
     except FileNotFoundError as error:
-        raise ValueError(f"There is no file {path}: choose a PNG that save() wrote.") from error
-    except (OSError, Image.DecompressionBombError, SyntaxError) as error:
-        raise ValueError(f"{path} is not a picture: choose a PNG that save() wrote.") from error
-    except (KeyError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} has no settings inside: only pictures written by save() carry them.") from error
+        raise ValueError(f"There is no file {shown}: choose a PNG that save() wrote.") from error
+    except (OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{shown} is not a picture: choose a PNG that save() wrote.") from error
+    try:
+        return _parse(chunks["settings"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        pass
+    try:
+        found = infotext.read(chunks["parameters"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{shown} has no settings inside: only pictures of save(), A1111 and tools like it carry them."
+        ) from error
+    return {"settings": asdict(found.settings), "model": found.model, "versions": {}, "others": found.others}
 
 
 def _parse(text: str) -> dict:
@@ -242,12 +301,3 @@ def _rename(temporary: Path, path: Path) -> None:
         except OSError:
             path.unlink()
             raise
-
-
-def _parameters(settings: Settings, model: str, size: tuple[int, int]) -> str:
-    """The same in the wording of the Stable Diffusion web UI, which many viewers read."""
-    negative = f"\nNegative prompt: {settings.negative_prompt}" if settings.negative_prompt else ""
-    return (
-        f"{settings.prompt}{negative}\nSteps: {settings.steps}, Sampler: {settings.scheduler}, "
-        f"CFG scale: {settings.guidance}, Seed: {settings.seed}, Size: {size[0]}x{size[1]}, Model: {model}"
-    )

@@ -11,24 +11,24 @@ import psutil
 import torch
 from PIL import Image
 
-from helpers.images import to_image
+from helpers.images import grid, to_image
 from helpers.latent_rgb import LatentToRgb, fit_rgb
 from helpers.memory import GIB
 from helpers.schedulers import predicted_x0
 
 SHARE = 0.04  # of the steps' time that watching may cost; 5 % is the promise, the rest is for updates that take longer
-SHOWN = 192  # pixels; a preview is enlarged by a whole factor
+SHOWN = 192  # pixels of the longer side of a preview, which a latent has far fewer of
 
 
 class LiveMeter:
-    """An `on_step` for `generate` that shows step, seconds a step, time left, memory, and the picture so far.
+    """An `on_step` for `generate` that shows step, seconds a step, time left, the most memory, and the picture so far.
 
     In a notebook it is a line and a small picture that change in place, elsewhere a line of text. The picture is the
-    model's guess of the finished one (`predicted_x0`, the first of a batch) through `rgb`, the map of `fit_rgb`,
-    which is made at once, or at the first step where
-    a plan lets the VAE come no sooner. It shows so rarely that it costs at most 5 % of the time between steps;
-    `share` says what it did cost. One meter may watch any number of runs. `show(line, picture, last)` puts both
-    elsewhere than below the cell; `last` is true at a run's last step.
+    model's guess of the finished one (`predicted_x0`; of a batch, all in rows) through `rgb`, the map of `fit_rgb`,
+    smoothly enlarged. The map is made at once, or at the first step where a plan lets the VAE come no sooner. It shows
+    so rarely that it costs at most 5 % of the time between steps; `share` says what it did cost. One meter may watch
+    any number of runs. `show(line, picture, last)` puts both elsewhere than below the cell; `last` is true at a run's
+    last step. `memory()` is what the line says of the memory: the most that was seen after any step of this run.
     """
 
     def __init__(self, pipe: diffusers.DiffusionPipeline, show: Callable[[str, Image.Image, bool], None] | None = None):
@@ -38,6 +38,8 @@ class LiveMeter:
         self.picture: Image.Image | None = None
         self.share = 0.0  # of the time between the first step and the last one, spent here
         self._show_elsewhere = show
+        self._process = psutil.Process()
+        self._ram = self._vram = 0  # bytes, the most so far
         if not getattr(getattr(pipe, "stage", None), "encoders_leave", False):
             self._prepare()
 
@@ -48,7 +50,12 @@ class LiveMeter:
                 self._prepare()
             self._start, self._spent = time.perf_counter(), 0.0
             self._show = self._show_elsewhere or _Display()
+            self._ram = self._vram = 0
             now = self._start
+        self._ram = max(self._ram, self._process.memory_info().rss)
+        if torch.cuda.is_available():
+            free, self._vram_total = torch.cuda.mem_get_info()
+            self._vram = max(self._vram, self._vram_total - free)
         elapsed = now - self._start
         # One more is held back for the last step, which is always shown.
         if step == steps or self._spent + 2 * self._cost <= SHARE * elapsed:
@@ -71,16 +78,21 @@ class LiveMeter:
         if step > 1:
             each = seconds / (step - 1)
             parts += [f"{each:.2f} s/it", f"{each * (steps - step):.0f} s left"]
-        if torch.cuda.is_available():
-            free, total = torch.cuda.mem_get_info()
-            parts.append(f"VRAM {(total - free) / GIB:.1f} of {total / GIB:.1f} GiB")
-        parts.append(f"RAM {psutil.Process().memory_info().rss / GIB:.1f} GiB")
-        return ", ".join(parts)
+        return ", ".join([*parts, self.memory()])
+
+    def memory(self) -> str:
+        """The most memory in use after any step of this run, by the process and on the whole GPU."""
+        ram = f"RAM at most {self._ram / GIB:.1f} GiB"
+        if not self._vram:
+            return ram
+        return f"VRAM at most {self._vram / GIB:.1f} of {self._vram_total / GIB:.1f} GiB, {ram}"
 
     def _picture(self) -> Image.Image:
-        small = to_image(self.rgb(predicted_x0(self.pipe.scheduler)[0]))
-        factor = -(-SHOWN // max(small.size))
-        return small.resize((small.width * factor, small.height * factor), Image.Resampling.NEAREST)
+        small = [to_image(colours) for colours in self.rgb(predicted_x0(self.pipe.scheduler))]
+        scale = SHOWN / max(small[0].size)
+        size = round(small[0].width * scale), round(small[0].height * scale)
+        large = [one.resize(size, Image.Resampling.BICUBIC) for one in small]
+        return large[0] if len(large) == 1 else grid(large)
 
 
 class _Display:

@@ -153,7 +153,7 @@ def test_an_error_in_a_callback_leaves_the_pipeline_as_it_was(pipe):
         ({"seed": -1}, "seed '-1' is not"),
         ({"seed": None}, "seed 'None' is not"),
         ({"count": 0}, "count '0' is not a whole number from 1"),
-        ({"scheduler": "Nonsense"}, "no scheduler 'Nonsense' for this model: choose one of PNDMScheduler, DDIM"),
+        ({"scheduler": "Nonsense"}, "no scheduler 'Nonsense' here: choose one of PNDMScheduler, DDIM"),
     ],
 )
 def test_bad_settings_get_one_sentence(pipe, change, sentence):

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import resource
@@ -5,10 +6,10 @@ import resource
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFont
+from PIL import Image, ImageFont, PngImagePlugin
 
 from helpers.generate import Settings
-from helpers.images import grid, record, save, settings, side_by_side, to_image, wrap
+from helpers.images import encoded, grid, opened, record, save, settings, side_by_side, to_image, wrap
 
 SETTINGS = Settings("a red boat; naïve „quotes“ 船\nand a second line", "house", 25, 4.0, 7, 64, 64, "DDIMScheduler", 1)
 
@@ -25,7 +26,7 @@ def test_settings_come_back_from_the_file(image, tmp_path):
     assert path.parent == tmp_path and path.name.endswith("-7.png")
     text = Image.open(path).info["parameters"]
     assert text.startswith(SETTINGS.prompt) and "Negative prompt: house" in text
-    assert "Steps: 25, Sampler: DDIMScheduler, CFG scale: 4.0, Seed: 7, Size: 64x64" in text
+    assert "Steps: 25, Sampler: DDIM, CFG scale: 4.0, Seed: 7, Size: 64x64" in text
     assert record(path)["versions"]["torch"] == torch.__version__
 
 
@@ -34,6 +35,74 @@ def test_a_picture_knows_better_than_the_batch(image, tmp_path):
     path = save(image, Settings("a boat", seed=7, count=3), tmp_path)
     assert settings(path).seed == 9 and record(path)["model"] == "tiny"
     assert settings(save(image, folder=tmp_path)).seed == 9
+
+
+def with_texts(picture, **texts):
+    chunks, file = PngImagePlugin.PngInfo(), io.BytesIO()
+    for key, text in texts.items():
+        chunks.add_itxt(key, text)
+    picture.save(file, "PNG", pnginfo=chunks)
+    return file
+
+
+def test_a_file_of_another_tool(image, tmp_path):
+    text = "a boat\nNegative prompt: tree\nSteps: 9, Sampler: Euler a, Seed: 3, Size: 512x768, Model: m, Clip skip: 2"
+    for texts in ({"parameters": text}, {"parameters": text, "settings": "of yet another tool"}):
+        (tmp_path / "a.png").write_bytes(with_texts(image, **texts).getvalue())
+        assert settings(tmp_path / "a.png") == Settings(
+            "a boat", "tree", 9, seed=3, height=768, width=512, scheduler="EulerAncestralDiscreteScheduler"
+        )
+    found = record(tmp_path / "a.png")
+    assert (found["model"], found["versions"], found["others"]) == ("m", {}, {"Clip skip": "2"})
+
+
+def test_our_json_counts_before_the_text(image):
+    prompt = "a boat\nNegative prompt: not one"  # which the text cannot tell from a negative prompt
+    file = io.BytesIO(encoded(image, Settings(prompt, "tree", steps=5)))
+    assert settings(file) == Settings(prompt, "tree", steps=5)
+    assert settings(with_texts(image, parameters=Image.open(file).info["parameters"])).prompt == "a boat"
+
+
+def test_a_picture_that_was_stopped_says_so(image):
+    image.info.update(settings=SETTINGS, stopped_after=4)
+    file = io.BytesIO(encoded(image))
+    assert record(file)["stopped_after"] == 4
+    assert record(io.BytesIO(encoded(Image.open(file))))["stopped_after"] == 4
+    assert "stopped_after" not in record(io.BytesIO(encoded(Image.new("RGB", (8, 8)), SETTINGS)))
+
+
+def file_of(picture, kind="PNG", **more):
+    file = io.BytesIO()
+    picture.save(file, kind, **more)
+    return file.getvalue()
+
+
+def test_photos_and_drawings_of_somebodys():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side
+    turned = opened(file_of(Image.new("RGB", (30, 20), "red"), "JPEG", exif=exif))
+    assert turned.size == (20, 30) and turned.mode == "RGB"
+    half = opened(file_of(Image.new("RGBA", (8, 8), (255, 0, 0, 128))))
+    assert half.getpixel((0, 0)) == pytest.approx((255, 127, 127), abs=1)
+    palette = Image.new("P", (8, 8))
+    palette.info["transparency"] = 0
+    assert opened(file_of(palette, "GIF")).getpixel((0, 0)) == (255, 255, 255)
+    deep = opened(file_of(Image.fromarray(np.full((8, 8), 128 * 256, dtype=np.uint16))))
+    assert deep.getpixel((0, 0)) == (128, 128, 128)
+    for mode in ("L", "1", "CMYK"):
+        assert opened(file_of(Image.new(mode, (8, 8)), "TIFF")).mode == "RGB"
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", file_of(Image.effect_noise((64, 64), 9))[:-900]])
+def test_uploads_that_are_no_pictures(content):
+    with pytest.raises(ValueError, match=r"^The file is not a picture that can be opened: choose a PNG or a JPEG\.$"):
+        opened(content)
+
+
+def test_an_upload_of_100_megapixels():
+    large = file_of(Image.new("1", (10_000, 10_000)))
+    with pytest.raises(ValueError, match=r"^The picture has 10000 x 10000 pixels: make it smaller, 50 million .*\.$"):
+        opened(large)
 
 
 def test_nothing_is_overwritten(image, tmp_path):
@@ -89,10 +158,8 @@ def test_pictures_without_settings(image, tmp_path):
     with pytest.raises(ValueError, match="text.png is not a picture"):
         settings(tmp_path / "text.png")
     meta = Image.new("RGB", (8, 8))
-    from PIL.PngImagePlugin import PngInfo
-
     for value in ("nonsense", json.dumps([1]), json.dumps({"settings": {}})):
-        chunks = PngInfo()
+        chunks = PngImagePlugin.PngInfo()
         chunks.add_text("settings", value)
         meta.save(tmp_path / "odd.png", pnginfo=chunks)
         with pytest.raises(ValueError, match="has no settings inside"):

@@ -1,0 +1,289 @@
+"""The prompt panel as people meet it: a real JupyterLab, a real Chromium, notebook 00 (`make test-browser`).
+
+The name keeps it out of `make test`, for it needs a browser. `SCREENSHOTS=docs make test-browser` makes the README's
+pictures.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Page, expect, sync_playwright
+
+from helpers import images
+
+ROOT = Path(__file__).resolve().parents[2]
+NEEDED = ("helpers", "storybook", "models", "requirements.txt")
+TOKEN = "only-for-this-test"
+START_S, DRAW_S = 300, 600  # a machine may be busy with other work
+HOSTILE = 'a red boat <img src=x onerror="window.ran = true"><script>window.ran = true</script>'
+
+
+KERNEL_IS_READY = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+
+
+def find_chromium() -> str:
+    found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
+    if not found:
+        pytest.exit("There is no Chromium: apt-get install --no-install-recommends chromium fonts-dejavu-core", 1)
+    return found[0]
+
+
+def lab_command() -> list[str]:
+    """What `make lab` runs, without the notebook that it opens."""
+    lines = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (line,) = (line for line in lines.splitlines() if " jupyterlab " in line)
+    words = shlex.split(line)
+    options = words[words.index("jupyterlab") + 1 :]
+    return [sys.executable, "-m", "jupyterlab", *(word for word in options if not word.endswith(".ipynb"))]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A copy, so that neither the notebook nor `outputs/` of the repository changes."""
+    root = tmp_path_factory.mktemp("repository")
+    for name in NEEDED:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, root / name)
+    (root / "notebooks").mkdir()
+    shutil.copy(ROOT / "notebooks" / "00_start_here.ipynb", root / "notebooks")
+    return root
+
+
+@pytest.fixture(scope="module")
+def address(root, tmp_path_factory):
+    own = tmp_path_factory.mktemp("jupyter")
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        port = one.getsockname()[1]
+    folders = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
+    environment = os.environ | {name: str(own / name) for name in folders} | {"DIFFUSION_MODEL": "storybook-sd"}
+    # Menus are awkward to click, the registry of commands is not.
+    options = ["--no-browser", f"--port={port}", f"--IdentityProvider.token={TOKEN}"]
+    options += ["--ServerApp.port_retries=0", "--LabApp.expose_app_in_browser=True"]
+    with open(own / "log", "w") as log:
+        server = subprocess.Popen([*lab_command(), *options], cwd=root, env=environment, stdout=log, stderr=log)
+        try:
+            end = time.monotonic() + START_S
+            while True:
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={TOKEN}", timeout=5).close()
+                    break
+                except OSError:
+                    assert server.poll() is None and time.monotonic() < end, (own / "log").read_text()[-2000:]
+                    time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}/lab/tree/notebooks/00_start_here.ipynb?token={TOKEN}"
+        finally:
+            server.terminate()  # its kernels go with it
+            server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def page(address):
+    """Notebook 00 after Run all."""
+    with sync_playwright() as playwright:
+        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium has none for root
+        browser = playwright.chromium.launch(executable_path=find_chromium(), args=[*sandbox, "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1400, "height": 1500})
+        page.set_default_timeout(START_S * 1000)
+        page.goto(address, wait_until="domcontentloaded")
+        page.wait_for_selector(".jp-Notebook .jp-Cell")
+        page.wait_for_function(KERNEL_IS_READY)  # before that, cells that are run are forgotten
+        time.sleep(5)  # for what pops up late
+        page.pop_ups = page.locator(".jp-Dialog, .Toastify__toast").all_inner_texts()
+        page.evaluate("() => window.jupyterapp.commands.execute('application:toggle-left-area').then(() => null)")
+        page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => null)")
+        yield page
+        browser.close()
+
+
+@pytest.fixture
+def panel(page: Page):
+    found = page.locator(".jp-OutputArea-output .widget-vbox").filter(has=page.get_by_role("button", name="Generate"))
+    found.scroll_into_view_if_needed()
+    expect(found.get_by_role("button", name="Generate")).to_be_enabled(timeout=DRAW_S * 1000)
+    return found
+
+
+def generate(panel, prompt: str, seed: int, steps: int) -> None:
+    """Type all three and press Generate."""
+    panel.get_by_label("Prompt", exact=True).fill(prompt)
+    panel.get_by_label("Seed", exact=True).fill(str(seed))
+    number = panel.locator(".widget-hslider").filter(has_text="Steps").locator(".widget-readout")
+    number.fill(str(steps))
+    number.press("Enter")
+    panel.get_by_role("button", name="Generate").click()
+
+
+def wait_for(panel, text: str) -> None:
+    said = panel.locator("[role=status], [role=alert]").filter(has_text=text).first
+    expect(said).to_be_visible(timeout=DRAW_S * 1000)
+
+
+def thumbnails(panel):
+    return panel.get_by_role("button", name=re.compile("^seed "))
+
+
+def test_run_all_runs_all_without_pop_ups(page, panel):
+    errors = page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]')
+    assert errors.all_inner_texts() == []
+    assert page.pop_ups == []
+    expect(thumbnails(panel)).to_have_count(1)
+    assert panel.locator("img.widget-image").last.bounding_box()["width"] >= 128
+
+
+def test_progress_a_preview_and_the_picture(page, panel):
+    panel.locator("img.widget-image").last.evaluate(
+        """image => { window.shown = [];
+            new MutationObserver(() => window.shown.push(image.src)).observe(image, {attributeFilter: ["src"]}); }"""
+    )
+    generate(panel, "a blue house in the snow", 7, 50)
+    expect(panel.locator(".widget-html").filter(has_text=re.compile(r"step \d+ of 5.*s/it.*s left"))).to_be_visible(
+        timeout=DRAW_S * 1000
+    )
+    assert panel.get_by_role("button", name="Generate").is_disabled()
+    wait_for(panel, "Drawn in")
+    wait_for(panel, "seed 7, 50 steps")
+    assert len(set(page.evaluate("window.shown"))) >= 2  # a preview at least, then the picture
+    assert panel.get_by_text(re.compile(r"^6 of \d+ tokens")).count() == 1
+
+
+def test_stop_is_heard_within_a_step(panel):
+    generate(panel, "a red boat by the sea", 8, 50)
+    expect(panel.locator(".widget-html").filter(has_text=re.compile(r"step \d+ of"))).to_be_visible(
+        timeout=DRAW_S * 1000
+    )
+    panel.get_by_role("button", name="Stop").click()
+    share = panel.locator(".progress-bar").evaluate("bar => parseFloat(bar.style.width) / 100")
+    wait_for(panel, "Stopped after step")
+    said = panel.locator("[role=status]").filter(has_text="Stopped after step").inner_text()
+    step = int(re.search(r"step (\d+)", said)[1])
+    assert step <= round(share * 51) + 1 and step < 50  # PNDM calls the model 51 times
+    expect(panel.get_by_role("button", name="Generate")).to_be_enabled()
+
+
+def test_a_thumbnail_brings_its_settings_back(panel):
+    panel.get_by_label("Prompt", exact=True).fill("something else")
+    thumbnails(panel).nth(1).press("Enter")  # by keyboard
+    wait_for(panel, "Back again: seed 7, 50 steps")
+    expect(panel.get_by_label("Prompt", exact=True)).to_have_value("a blue house in the snow")
+    expect(panel.get_by_label("Seed", exact=True)).to_have_value("7")
+
+
+def test_saved_and_downloaded_files_hold_the_settings(page, panel, root, tmp_path):
+    panel.get_by_role("button", name="Save").click()
+    wait_for(panel, "Saved as")
+    said = panel.locator("[role=status]").filter(has_text="Saved as").inner_text()
+    saved = images.settings(root / re.search(r"outputs/[\w.-]+\.png", said)[0])
+    assert (saved.prompt, saved.seed, saved.steps) == ("a blue house in the snow", 7, 50)
+    with page.expect_download() as download:
+        panel.get_by_role("link", name="Download").click()
+    download.value.save_as(tmp_path / "it.png")
+    assert images.settings(tmp_path / "it.png") == saved
+
+    panel.get_by_label("Prompt", exact=True).fill("something else")
+    choose(page, panel, "Load settings", tmp_path / "it.png")
+    wait_for(panel, "it.png has settings inside")
+    expect(panel.get_by_label("Prompt", exact=True)).to_have_value(saved.prompt)
+
+
+def choose(page, panel, button: str, path: Path) -> None:
+    with page.expect_file_chooser() as chooser:
+        panel.get_by_role("button", name=button).click()
+    chooser.value.set_files(path)
+
+
+def test_files_that_are_no_pictures_are_one_sentence(page, panel, tmp_path):
+    (tmp_path / "notes.png").write_text("<b>no picture</b>")
+    choose(page, panel, "Load settings", tmp_path / "notes.png")
+    wait_for(panel, "The file is not a picture")
+    choose(page, panel, "Start from a picture", tmp_path / "notes.png")
+    wait_for(panel, "The file is not a picture that can be opened")
+    Image.new("RGB", (300, 200), "red").save(tmp_path / "red.png")
+    choose(page, panel, "Start from a picture", tmp_path / "red.png")
+    expect(panel.get_by_text("Strength")).to_be_visible()
+    panel.get_by_role("button", name="Start from noise").click()
+    expect(panel.get_by_text("Strength")).to_be_hidden()
+
+
+def test_a_hostile_prompt_runs_nothing(page, panel):
+    generate(panel, HOSTILE, 9, 1)
+    wait_for(panel, "Drawn in")
+    wait_for(panel, "never seen these words")
+    generate(panel, "  ", 9, 1)
+    wait_for(panel, "The prompt is empty")
+    generate(panel, "a red boat", HOSTILE, 1)
+    wait_for(panel, "is not a whole number")
+    assert page.evaluate("window.ran") is None
+    assert panel.locator('img[src="x"], script').count() == 0
+
+
+def test_ten_fast_clicks_are_one_run(page, panel):
+    """From the eleventh picture on the row is full, so the seeds say which runs there were."""
+    generate(panel, "a red boat by the sea", 10, 20)
+    panel.get_by_role("button", name="Generate").evaluate("button => { for (let k = 0; k < 9; k++) button.click() }")
+    wait_for(panel, "seed 10, 20 steps")
+    time.sleep(3)  # for a second run to begin
+    expect(panel.get_by_role("button", name="Generate")).to_be_enabled()
+    assert thumbnails(panel).all_inner_texts().count("seed 10") == 1
+
+
+def test_letters_are_no_number_of_steps(panel):
+    number = panel.locator(".widget-hslider").filter(has_text="Steps").locator(".widget-readout")
+    before = number.inner_text()
+    number.fill("many")
+    number.press("Enter")
+    expect(number).to_have_text(before)
+
+
+@pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
+@pytest.mark.parametrize("width", [600, 1400])
+def test_it_fits_and_can_be_read(page, panel, theme, width, tmp_path):
+    page.set_viewport_size({"width": width, "height": 1500})
+    page.evaluate(
+        "theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme}).then(() => null)", theme
+    )
+    page.wait_for_selector(f"body[data-jp-theme-name='{theme}']", state="attached")
+    time.sleep(1)
+    panel.scroll_into_view_if_needed()
+    assert panel.evaluate("box => box.scrollWidth - box.clientWidth") <= 1
+    for control in panel.locator("button:visible, input:visible, textarea:visible, select:visible, img:visible").all():
+        inside, outside = control.bounding_box(), panel.bounding_box()
+        assert inside["x"] >= outside["x"] - 1
+        assert inside["x"] + inside["width"] <= outside["x"] + outside["width"] + 1
+    contrasts = panel.locator(".widget-label:visible, [role=status]:visible, .widget-readout:visible").evaluate_all(
+        CONTRASTS
+    )
+    assert len(contrasts) > 8 and min(contrasts) >= 4.5  # WCAG 2.2, 1.4.3
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    path = folder / f"panel-{theme.split()[1].lower()}{'' if width == 1400 else f'-{width}'}.png"
+    panel.screenshot(path=path)
+    assert len(Image.open(path).convert("RGB").getcolors(2**24)) > 100  # a picture among the controls
+
+
+CONTRASTS = r"""elements => {
+    const channels = text => text.match(/[\d.]+/g).map(Number);
+    const luminance = ([r, g, b]) => [r, g, b].map(c => c / 255)
+        .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, c, k) => sum + c * [0.2126, 0.7152, 0.0722][k], 0);
+    const behind = element => {
+        for (; element; element = element.parentElement) {
+            const colour = channels(getComputedStyle(element).backgroundColor);
+            if (colour.length === 3 || colour[3] === 1) return colour;
+        }
+        return [255, 255, 255];
+    };
+    return elements.map(element => {
+        const [low, high] = [luminance(channels(getComputedStyle(element).color)), luminance(behind(element))]
+            .sort((a, b) => a - b);
+        return (high + 0.05) / (low + 0.05);
+    });
+}"""
