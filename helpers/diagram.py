@@ -18,8 +18,12 @@ def flow(
     """Draw `boxes`, {name: (x, y, text)} with y growing downwards, and `arrows` like "text > clip: says what".
 
     Boxes are 1.5 wide and 0.62 high, so that places 2 apart across and 1 apart down leave room for arrows. `groups`,
-    {title: names}, frames boxes that belong together. Raises KeyError for an arrow to a box that is not there.
+    {title: names}, frames boxes that belong together. Raises ValueError, one sentence, for an arrow or a group that
+    names no box.
     """
+    lines = [_ends(arrow, boxes) for arrow in arrows]
+    if strangers := {name for names in (groups or {}).values() for name in names} - set(boxes):
+        raise ValueError(f"There is no box {min(strangers)!r} for a group: choose among {', '.join(boxes)}.")
     xs, ys = ([box[k] for box in boxes.values()] for k in (0, 1))
     above, below = (0.5, 0.25) if groups else (0.1, 0.1)  # room for the frames
     x = min(xs) - WIDE / 2 - 0.25, max(xs) + WIDE / 2 + 0.25
@@ -42,9 +46,7 @@ def flow(
         )
         patches[name] = axes.add_patch(shape)
         axes.text(x, y, text, ha="center", va="center", fontsize=9.5, zorder=4)
-    for arrow in arrows:
-        ends, _, label = arrow.partition(":")
-        start, end = (name.strip() for name in ends.split(">"))
+    for start, end, label in lines:
         (x1, y1, _), (x2, y2, _) = boxes[start], boxes[end]
         line = FancyArrowPatch(
             (x1, y1), (x2, y2), patchA=patches[start], patchB=patches[end],
@@ -53,9 +55,21 @@ def flow(
         axes.add_patch(line)
         if label:
             axes.text(
-                (x1 + x2) / 2, (y1 + y2) / 2, label.strip(), ha="center", va="center", fontsize=8.5, style="italic",
+                (x1 + x2) / 2, (y1 + y2) / 2, label, ha="center", va="center", fontsize=8.5, style="italic",
                 bbox={"fc": "white", "ec": "none", "pad": 1}, zorder=5,
             )  # fmt: skip
     figure.tight_layout(pad=0.3)
     plt.close(figure)  # else the cell shows it twice
     return figure
+
+
+def _ends(arrow: str, boxes: Mapping[str, tuple]) -> tuple[str, str, str]:
+    """Start, end and label of an arrow, "text > clip: says what"."""
+    ends, _, label = arrow.partition(":")
+    names = [name.strip() for name in ends.split(">")]
+    if len(names) != 2 or not set(names) <= set(boxes):
+        raise ValueError(
+            f"The arrow {arrow.strip()!r} leads from no box to another: write 'one > other: label', "
+            f"with names among {', '.join(boxes)}."
+        )
+    return names[0], names[1], label.strip()

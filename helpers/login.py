@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import huggingface_hub
 from huggingface_hub import constants, errors
 
+from helpers.loading.machine import HUB
+
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 UNREADABLE = f"The saved login {{}} cannot be read: delete it, then log in again with a token from {TOKEN_PAGE}."
 # What the Hub client raises when an answer is JSON, but not the Hub's.
@@ -46,7 +48,8 @@ def can_ask() -> bool:
         from IPython import get_ipython
     except ImportError:
         return False
-    # Every execute request says whether its sender can answer; nbval and nbconvert say no.
+    # Every execute request says whether its sender can answer; nbval and nbconvert say no. ipykernel keeps that in a
+    # private attribute only; asking it for input to find out would hang where nobody answers.
     return bool(getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", False))
 
 
@@ -64,12 +67,25 @@ def check_access(repo_id: str, filename: str = "model_index.json") -> None:
     """Fetch one small file of a repository, so that a refusal comes before the gigabytes.
 
     Returns None when `filename` can be read (from the Hub or the cache); raises AccessError, one sentence, otherwise.
+    Where the Hub does not answer that is known after `machine.ANSWER_S` seconds; its client would try for a minute.
     """
     check_token()
     try:
+        if not isinstance(huggingface_hub.try_to_load_from_cache(repo_id, filename), str):
+            require_hub(repo_id)
+        elif not HUB.answers(again=True):
+            return
         huggingface_hub.hf_hub_download(repo_id, filename)
     except HUB_ERRORS as error:
         raise AccessError(explain(error, repo_id)) from without_frames(error)
+
+
+def require_hub(repo_id: str) -> None:
+    """Raise AccessError if the Hub does not answer. With HF_HUB_OFFLINE nothing is asked: the client says so itself."""
+    if not constants.HF_HUB_OFFLINE and not HUB.answers(again=True):
+        raise AccessError(
+            f"{repo_id} is not here yet and the Hub does not answer: check the network and run this again."
+        )
 
 
 def without_frames(error: BaseException) -> BaseException:

@@ -12,6 +12,7 @@ import torch
 from helpers.loading.machine import GIB as GIB
 from helpers.loading.machine import Budget as Budget
 from helpers.loading.machine import free as free
+from helpers.loading.plan import CONTEXT_GIB as CONTEXT_GIB
 from helpers.loading.plan import WITHOUT_T5 as WITHOUT_T5
 from helpers.loading.plan import DoesNotFit as DoesNotFit
 from helpers.loading.plan import Plan as Plan
@@ -25,7 +26,7 @@ class Usage:
 
     seconds: float = 0.0
     peak_vram_gib: float = 0.0  # of PyTorch's tensors on the GPU; 0 without CUDA
-    peak_ram_gib: float = 0.0  # resident memory of this process
+    peak_ram_gib: float = 0.0  # of this process, as plans count it: without the files that are mapped into it
 
 
 @contextmanager
@@ -35,12 +36,12 @@ def meter() -> Iterator[Usage]:
     RAM is sampled every 20 ms, since the operating system keeps no peak that can be reset.
     """
     usage, process, done = Usage(), psutil.Process(), threading.Event()
-    peak = process.memory_info().rss
+    peak = _own_ram(process)
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(0.02):
-            peak = max(peak, process.memory_info().rss)
+            peak = max(peak, _own_ram(process))
 
     cuda = torch.cuda.is_available()
     if cuda:
@@ -57,4 +58,10 @@ def meter() -> Iterator[Usage]:
         usage.seconds = time.perf_counter() - start
         done.set()
         thread.join()
-        usage.peak_ram_gib = max(peak, process.memory_info().rss) / GIB
+        usage.peak_ram_gib = max(peak, _own_ram(process)) / GIB
+
+
+def _own_ram(process: psutil.Process) -> int:
+    """Resident bytes less those of mapped files, which the system drops when it needs room; only Linux tells them."""
+    info = process.memory_info()
+    return info.rss - getattr(info, "shared", 0)

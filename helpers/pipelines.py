@@ -25,7 +25,7 @@ from helpers.loading.download import (
 )
 from helpers.loading.download import LoadError as LoadError
 from helpers.loading.machine import Budget, letting_go
-from helpers.loading.plan import T5, Plan, plans
+from helpers.loading.plan import STRATEGIES, T5, DoesNotFit, Plan, plans
 from helpers.loading.plan import plan as make_plan
 from helpers.loading.registry import MODELS as MODELS
 from helpers.loading.registry import ROOT, Model, find
@@ -33,6 +33,7 @@ from helpers.loading.sizes import parts as parts
 from helpers.loading.versions import as_before, dtype_keyword, no_bars, only_errors
 
 T5_PARTS = (T5, "tokenizer_3")
+WITHOUT_STAGES = ("resident", "model-offload", "cpu")  # the plans of a model with one text encoder
 
 _latest = lambda: None  # noqa: E731  # the pipeline with a plan that was loaded last, as a weak reference
 
@@ -65,9 +66,9 @@ def choose(name: str) -> Model:
 def load(model: Model | str, plan: Plan | str | None = None) -> diffusers.DiffusionPipeline:
     """The model's pipeline, a stock one of diffusers, ready to draw: float16 on a GPU, float32 on a CPU.
 
-    `plan` says how it uses the memory: a Plan of `helpers.memory.plan`, or the name of one to have just that. None
-    keeps a small model on the GPU, where there is one, and makes a plan for Stable Diffusion 3; if its memory turns
-    out to be full, a smaller plan takes over and one line says so.
+    `plan` says how it uses the memory: the name of a plan that fits, or a Plan of `helpers.memory.plans`, which is
+    tried even where it does not. None keeps a small model on the GPU, where there is one, and makes a plan for Stable
+    Diffusion 3; if its memory turns out to be full, a smaller plan takes over and one line says so.
 
     Only safetensors, no remote code. The first call downloads, later calls need no network. If `hub_id` is gone from
     the Hub the mirror is used. SD1.5 comes without its safety checker, which costs 1.2 GB more: show what it draws to
@@ -75,9 +76,9 @@ def load(model: Model | str, plan: Plan | str | None = None) -> diffusers.Diffus
     Stable Diffusion 3 also gets `plan` and `unload()`, which frees the memory until the next picture; loading it
     unloads the one before.
 
-    Raises ValueError for an unknown name or plan, DoesNotFit if no plan fits, LoadError (one sentence) for everything
-    that can go wrong with network, access or files; nothing then needs cleaning up, and calling again keeps complete
-    files.
+    Raises ValueError for an unknown name or plan, DoesNotFit if the plan that was named, or every plan, needs more than
+    there is, LoadError (one sentence) for everything that can go wrong with network, access or files; nothing then
+    needs cleaning up, and calling again keeps complete files.
     """
     model = find(model)
     budget = Budget.detect()
@@ -120,20 +121,36 @@ def files(model: Model | str) -> tuple[Path, Path | None]:
 
 
 def _plan(model: Model, plan: Plan | str | None, budget: Budget) -> Plan:
-    if isinstance(plan, Plan):
-        return plan
     if plan is None:
         return make_plan(model, budget)
-    every = plans(model, budget)
-    if plan not in every:
-        raise ValueError(f"There is no plan {plan!r}: choose one of {', '.join(every)}.")
-    return every[plan]
+    name = plan.name if isinstance(plan, Plan) else plan
+    if name not in STRATEGIES:
+        raise ValueError(f"There is no plan {name!r}: choose one of {', '.join(STRATEGIES)}.")
+    if model.pipeline != "StableDiffusion3Pipeline" and name not in WITHOUT_STAGES:
+        raise ValueError(f"{model.name} cannot run under the plan {name}: choose resident, model-offload or cpu.")
+    if isinstance(plan, Plan):
+        _require_package(plan, budget)
+        return plan
+    found = plans(model, budget)[name]
+    _require_package(found, budget)
+    reason = found.refused.get(name)
+    if budget.device == "cpu":  # a plan for a GPU runs here too, as the plan cpu does, if there is RAM for it
+        needed = f"it needs {found.peak_ram_gib:.2f} GiB of RAM, of which {budget.ram_gib:.2f} are free"
+        reason = needed if found.peak_ram_gib > budget.ram_gib else None
+    if reason is not None:
+        raise DoesNotFit(f"{model.name} cannot run under the plan {name} here: {reason}.")
+    return found
+
+
+def _require_package(plan: Plan, budget: Budget) -> None:
+    if plan.t5 == "nf4" and not budget.bitsandbytes:
+        raise LoadError(
+            f"The plan {plan.name} needs bitsandbytes: run `pip install bitsandbytes`, then this again; no restart."
+        )
 
 
 def _load_whole(cls: type, model: Model, plan: str | None, device: str) -> diffusers.DiffusionPipeline:
     """A pipeline of one text encoder, which is small enough to be loaded at once."""
-    if plan not in (None, "resident", "model-offload", "cpu"):
-        raise ValueError(f"{model.name} cannot run under the plan {plan}: choose resident, model-offload or cpu.")
     device = "cpu" if plan == "cpu" else device
     dtype = torch.float32 if device == "cpu" else torch.float16
     folder = folder_of(cls, model)
@@ -152,10 +169,6 @@ def _load_planned(cls: type, model: Model, plan: Plan, budget: Budget) -> diffus
     with only_errors():
         from helpers.loading.sd3 import open_pipeline  # seconds, which Stable Diffusion 1.5 need not wait for
 
-    if plan.t5 == "nf4" and not budget.bitsandbytes:
-        raise LoadError(
-            f"The plan {plan.name} needs bitsandbytes: run `pip install bitsandbytes`, then this again; no restart."
-        )
     needed = replace(model, without=(*model.without, *T5_PARTS)) if plan.t5 is None else model
     require_disk(needed, budget)
     folder = folder_of(cls, needed)

@@ -21,7 +21,8 @@ from helpers import images
 from helpers.generate import Settings, generate
 from helpers.loading import machine, sizes
 from helpers.loading.registry import MODELS, Model
-from helpers.memory import Budget, plan
+from helpers.login import AccessError, check_access
+from helpers.memory import Budget, DoesNotFit, plan, plans
 from helpers.panel import _sentence
 from helpers.pipelines import LoadError, choose, load, parts
 
@@ -275,6 +276,33 @@ def test_four_bits_without_the_package(monkeypatch, folders):
     one_sentence(caught.value)
 
 
+T4 = Budget("cuda", 14.75, 11.4, (7, 5), 78.0)
+REFUSED = [
+    ("sd35-medium", "resident", T4, "transformer 4.60 .* = 18.78 GiB on the GPU, which has 14.75"),
+    ("sd35-medium", "model-offload", replace(T4, ram_gib=6.0), "of RAM, of which 6.00 are free"),
+    ("sd35-medium", "group-offload", Budget("mps", 10.7, 12.0, None, 78.0), "the GPU shares the RAM here"),
+    ("sd35-medium", "cpu", Budget("cpu", 0.0, 3.0, None, 78.0), "GiB of RAM, of which 3.00 are free"),
+    ("sd35-medium", "staged", Budget("cpu", 0.0, 3.0, None, 78.0), "GiB of RAM, of which 3.00 are free"),
+    ("sd15", "resident", replace(T4, vram_gib=2.4), "on the GPU, which has 2.40"),
+]
+
+
+@pytest.mark.parametrize(("name", "plan", "budget", "said"), REFUSED, ids=[f"{row[0]} {row[1]}" for row in REFUSED])
+def test_a_plan_that_cannot_run_is_refused_before_anything_is_read(monkeypatch, name, plan, budget, said):
+    monkeypatch.setattr(Budget, "detect", classmethod(lambda cls: budget))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DoesNotFit, match=f"^{name} cannot run under the plan {plan} here: .*{said}") as caught:
+        load(name, plan)
+    one_sentence(caught.value)
+
+
+def test_a_plan_of_ones_own_is_tried_even_so(folders):
+    """Its figures are sums; who has better ones makes the Plan and hands it over."""
+    small = Budget("cpu", 0.0, 0.1, None, 50.0)
+    found = plans(model(folders / "sd3"), small)["cpu"]
+    assert found.refused and load(model(folders / "sd3"), found).plan is found
+
+
 @pytest.fixture(params=["closed", "never answers"])
 def no_network(request, monkeypatch, tmp_path):
     """An address where nobody is, or where somebody listens and says nothing; the requests that are made."""
@@ -313,3 +341,20 @@ def test_what_needs_the_network_says_so(no_network, name, monkeypatch):
         load(name)
     one_sentence(caught.value)
     assert len(no_network) <= 2
+
+
+def test_access_cannot_be_checked_without_a_network(no_network):
+    """One try: the Hub client itself makes six, some with a wait."""
+    with pytest.raises(AccessError, match="some/model is not here yet and the Hub does not answer") as caught:
+        check_access("some/model")
+    one_sentence(caught.value)
+    assert len(no_network) == 1
+
+
+def test_what_is_in_the_cache_needs_no_network(no_network, folders):
+    commit, repo = "0" * 40, Path(constants.HF_HUB_CACHE, "models--some--model")
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    shutil.copytree(folders / "sd15", repo / "snapshots" / commit)
+    assert check_access("some/model") is None
+    assert len(no_network) == 1

@@ -1,4 +1,5 @@
 import gc
+import sys
 import time
 import types
 import weakref
@@ -34,6 +35,17 @@ def test_meter_sees_memory_that_is_gone_at_the_end():
     assert (used.peak_vram_gib > 0) == (torch.cuda.is_available() and torch.cuda.memory_allocated() > 0)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells mapped files apart")
+def test_meter_does_not_count_mapped_files(tmp_path):
+    """Weights that stay in their file are no need of the process, and no plan counts them."""
+    np.ones(200 * 2**20, dtype=np.uint8).tofile(tmp_path / "weights")
+    with meter() as before:
+        pass
+    with meter() as used:
+        assert np.memmap(tmp_path / "weights", np.uint8, "r").sum() == 200 * 2**20  # read, so it is resident
+    assert abs(used.peak_ram_gib - before.peak_ram_gib) < 0.1
+
+
 def test_meter_is_filled_when_the_block_raises():
     with pytest.raises(ZeroDivisionError), meter() as used:
         _ = 1 / 0
@@ -59,14 +71,18 @@ def test_free_collects_what_refers_to_itself():
 
 
 @pytest.mark.parametrize(
-    ("device", "emptied"), [("cuda", ["empty_cache", "_host_emptyCache"]), ("mps", ["mps.empty_cache"]), ("cpu", [])]
-)
+    ("device", "emptied"),
+    [("cuda", ["empty_cache", "empty_host_cache"]), ("older cuda", ["empty_cache", "_host_emptyCache"]),
+     ("mps", ["mps.empty_cache"]), ("cpu", [])],
+)  # fmt: skip
 def test_free_gives_the_gpus_memory_back(monkeypatch, device, emptied):
     calls = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in device)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: device == "mps")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
     monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: calls.append("_host_emptyCache"), raising=False)
+    public = None if device == "older cuda" else lambda: calls.append("empty_host_cache")
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", public, raising=False)
     monkeypatch.setattr(torch.mps, "empty_cache", lambda: calls.append("mps.empty_cache"))
     free()
     assert calls == emptied

@@ -12,11 +12,11 @@ from huggingface_hub import constants, errors, hf_hub_download
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
 
-from helpers.loading.machine import GIB, HUB, Budget
+from helpers.loading.machine import GIB, Budget
 from helpers.loading.registry import ROOT, Model
 from helpers.loading.sizes import FROM_FILES, NETWORKS, cached, parts, read_header, weight_files
 from helpers.loading.versions import only_errors
-from helpers.login import HUB_ERRORS, AccessError, check_access, check_token, explain
+from helpers.login import HUB_ERRORS, AccessError, check_access, check_token, explain, require_hub
 
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # SD1.5's own; a single-file checkpoint holds weights only
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
@@ -49,7 +49,7 @@ def folder_of(cls: type, model: Model) -> Path | None:
         return kept
     try:
         check_token()
-        _require_hub(model.hub_id)
+        require_hub(model.hub_id)  # parts of the repository may be here, which are enough for check_access
         check_access(model.hub_id)
     except AccessError as error:
         reason = error.__cause__
@@ -84,7 +84,7 @@ def mirror_files(model: Model) -> tuple[Path, Path]:
     repo_id = model.mirror
     try:
         check_token()
-        _require_hub(repo_id)
+        require_hub(repo_id)
         weights = Path(hf_hub_download(repo_id, model.mirror_file))
         repo_id = CLIP_TOKENIZER
         for part in TOKENIZER_FILES:
@@ -110,11 +110,6 @@ def require_disk(model: Model, budget: Budget) -> None:
             f"{model.name} needs {needed:.1f} GiB of disk and {budget.disk_gib:.1f} are free: "
             "free some space, or point HF_HOME to a larger disk before the first import."
         )
-
-
-def _require_hub(repo_id: str) -> None:
-    if not constants.HF_HUB_OFFLINE and not HUB.answers(again=True):
-        raise LoadError(f"{repo_id} is not here yet and the Hub does not answer: check the network and run this again.")
 
 
 def _is_whole(model: Model, folder: Path) -> bool:

@@ -52,8 +52,8 @@ def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        # Pinned RAM, which group offloading takes and PyTorch would keep; the name has no public twin yet.
-        getattr(torch._C, "_host_emptyCache", lambda: None)()
+        # Pinned RAM, which group offloading takes and PyTorch would keep; older PyTorch has a private name only.
+        (getattr(torch.accelerator, "empty_host_cache", None) or torch._C._host_emptyCache)()
     elif torch.backends.mps.is_available():
         torch.mps.empty_cache()
 

@@ -185,7 +185,7 @@ def _sum_up(
     sizes_kept = {part: size for part, size in sizes.items() if part != T5 or strategy.t5 is not None}
     dtype = _dtype(on_cpu, sizes, budget, megapixels, count)
     t5 = _t5(strategy, sizes, budget, dtype)
-    stages = {} if name == "cpu" else _vram(strategy, sizes_kept, dtype, t5, megapixels, count)
+    stages = {} if on_cpu else _vram(strategy, sizes_kept, dtype, t5, megapixels, count)
     vram = _most(*stages.values()) if stages else {}
     ram = _ram(strategy, sizes_kept, dtype, t5, budget, megapixels, count)
     problem = _cannot(strategy, sizes, budget)

@@ -74,7 +74,7 @@ MODELS = {
             folder="models/storybook-sd",
             size=None,
             steps=25,
-            guidance=2.0,
+            guidance=4.0,
             examples=(
                 "a red boat by the sea",
                 "a small yellow star under a starry night sky",
