@@ -1,0 +1,199 @@
+"""Numbers that notebook 04 prints, computed again in another way than the page does; its table, and its loop."""
+
+import csv
+import math
+import re
+
+import nbformat
+import pytest
+import tiny
+import torch
+from diffusers import DDIMScheduler
+from diffusers.guiders import ClassifierFreeGuidance
+
+from helpers.guidance import cfg, denoise, start_noise, without_attention
+from helpers.mixture import Mixture, example, sliced_wasserstein
+from helpers.pipelines import Model, load
+from helpers.schedulers import make
+from tools import guidance_curves
+from tools.badges import ROOT
+
+NOTEBOOK = nbformat.read(ROOT / "notebooks" / "04_guidance.ipynb", as_version=4)
+PRINTED = "\n".join(
+    output.text
+    for cell in NOTEBOOK.cells
+    if cell.cell_type == "code"
+    for output in cell.outputs
+    if output.output_type == "stream" and output.name == "stdout"
+)
+PROMPT = "a red boat by the sea"
+
+
+def printed(pattern: str) -> list[float]:
+    """The numbers that the groups of the pattern find in what the page printed."""
+    found = re.search(pattern, PRINTED)
+    assert found, f"the page no longer prints {pattern!r}"
+    return [float(number) for number in found.groups()]
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    folder = tiny.sd15(tmp_path_factory.mktemp("sd15"))
+    return load(Model("tiny", "StableDiffusionPipeline", None, 3, 4.0, (PROMPT,), folder=str(folder)))
+
+
+# Rung 0
+
+
+def walked(cond: Mixture, scale: float, count: int = 1500) -> torch.Tensor:
+    """By the library: its guider, its DDIM in 200 steps, its noise schedule; other noise than the page's."""
+    scheduler = DDIMScheduler(1000, clip_sample=False, timestep_spacing="trailing")
+    scheduler.set_timesteps(200)
+    guider = ClassifierFreeGuidance(scale)
+    x = torch.randn(count, 2, generator=torch.Generator().manual_seed(8)).double()
+    for k, t in enumerate(scheduler.timesteps):
+        a, b = scheduler.alphas_cumprod[t].sqrt().item(), (1 - scheduler.alphas_cumprod[t]).sqrt().item()
+        guider.set_state(k, 200, t)
+        x = scheduler.step(guider.forward(cond.noise(x, a, b), example().noise(x, a, b)).pred, t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("scale", ["1.0", "2.0", "7.5"])
+def test_what_guidance_does_to_a_perfect_denoiser(scale):
+    distance, right, *parts, size = printed(
+        rf"{re.escape(scale)}\s+([\d.]+)\s+([\d.]+)%\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)"
+    )
+    wanted = example().given(1)
+    points = walked(wanted, float(scale))
+    truth = wanted.sample(1500, torch.Generator().manual_seed(4), exact=True)[0].double()
+    shares = wanted.shares(points).argmax(-1).bincount(minlength=3) / len(points)
+    assert sliced_wasserstein(points, truth).item() == pytest.approx(distance, abs=0.04)
+    assert shares.tolist() == pytest.approx(parts, abs=0.05)
+    assert points.norm(dim=1).mean().item() == pytest.approx(size, abs=0.04) and right > 99
+
+
+def test_the_sharpened_density_by_weighing_the_data():
+    """Points of p(x | c), each counted (p(x | c) / p(x))^(w - 1) times."""
+    *parts, size = printed(r"sharpened density, w = 7.5 +clusters ([\d.]+)  ([\d.]+)  ([\d.]+)   size ([\d.]+)")
+    wanted = example().given(1)
+    points, which = wanted.sample(20_000, torch.Generator().manual_seed(6))
+    weights = (6.5 * (wanted.log_density(points) - example().log_density(points))).softmax(0)
+    shares = torch.zeros(3).index_add(0, which, weights)
+    assert shares.tolist() == pytest.approx(parts, abs=0.04)
+    assert (weights * points.norm(dim=1)).sum().item() == pytest.approx(size, abs=0.03)
+
+
+def test_guidance_mends_a_leak():
+    before, after = printed(r"leaky denoiser, share right at scale 1 and 2 \(exact\) +([\d.]+) ([\d.]+)")
+    every = example()
+    is_right = torch.tensor(every.labels) == 1
+    share = every.weights[is_right].sum()
+    leaky = Mixture(
+        torch.where(is_right, 0.8 * every.weights / share, 0.2 * every.weights / (1 - share)),
+        every.means, every.stds, every.labels,
+    )  # fmt: skip
+    for scale, on_the_page in ((1.0, before), (2.0, after)):
+        right = every.shares(walked(leaky, scale))[:, is_right].sum(-1) > 0.5
+        assert right.double().mean().item() == pytest.approx(on_the_page, abs=0.03)
+
+
+# The table
+
+
+def rows(**wanted) -> list[dict]:
+    with guidance_curves.TABLE.open() as file:
+        return [row for row in csv.DictReader(file) if wanted.items() <= row.items()]
+
+
+def test_the_table_belongs_to_the_weights():
+    found = guidance_curves.check_rows(load("storybook-sd"))
+    for (*_, metric, mean, _low, _high, n), row in zip(found, rows(part="check"), strict=True):
+        assert metric == row["metric"] and n == int(row["n"])
+        assert mean == pytest.approx(float(row["mean"]), rel=0.02, abs=0.01), (
+            "run python -m tools.guidance_curves again"
+        )
+
+
+def near_best(sort: str) -> set[float]:
+    names = ("strength", "mean", "low", "high")
+    found = [{name: float(row[name]) for name in names} for row in rows(part="scale", prompts=sort, metric="right")]
+    best = max(found, key=lambda row: row["mean"])
+    error = {row["strength"]: math.hypot(best["mean"] - best["low"], row["high"] - row["mean"]) for row in found}
+    return {row["strength"] for row in found if best["mean"] - row["mean"] <= error[row["strength"]]}
+
+
+def test_the_recommendation_is_the_smallest_scale_among_the_best():
+    (recommended,) = printed(r"plain guidance at scale ([\d.]+), the smallest")
+    assert recommended == min(near_best("easy") & near_best("hard"))
+
+
+def test_what_the_table_has_is_what_the_page_says():
+    for sort in ("easy", "hard"):
+        (row,) = rows(part="scale", prompts=sort, metric="right", strength="14")
+        assert printed(rf"right, {sort}, scale 14 +([\d.]+) \(([\d.]+) to ([\d.]+)\)") == pytest.approx(
+            [float(row[name]) for name in ("mean", "low", "high")], abs=0.006
+        )
+
+
+# The loop
+
+
+def test_the_loop_is_the_pipelines(pipe):
+    """Also with a negative prompt and for a batch; the noise is that of the pipeline's own generators."""
+    prompts = [PROMPT, "a blue star"]
+    mine = denoise(pipe, prompts, start_noise(pipe, [3, 4]), cfg(5.0), 4, negative="house")
+    own, pipe.scheduler = pipe.scheduler, make("DDIMScheduler", pipe.scheduler.config)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in (3, 4)]
+    theirs = pipe(prompts, negative_prompt=["house"] * 2, num_inference_steps=4, guidance_scale=5.0,
+                  generator=generators, output_type="latent").images  # fmt: skip
+    pipe.scheduler = own
+    assert torch.allclose(mine.latents, theirs, atol=1e-4)
+    assert mine.effective.tolist() == pytest.approx([5.0, 5.0], abs=1e-3)
+
+
+def test_the_effective_scale_counts_what_goes_along_the_difference(pipe):
+    noise = start_noise(pipe, [0])
+    half = denoise(pipe, [PROMPT], noise, lambda s: cfg(6.0 if s.share < 0.5 else 2.0)(s), 4).effective.item()
+    across = denoise(pipe, [PROMPT], noise, lambda s: cfg(3.0)(s) + sideways(s), 4).effective.item()
+    assert 2 < half < 6 and across == pytest.approx(3.0, abs=1e-3)
+
+
+def sideways(step):
+    """Noise without any part along the difference of the two predictions."""
+    difference = (step.cond - step.empty).flatten()
+    other = torch.randn(difference.shape, generator=torch.Generator().manual_seed(1))
+    other -= (other @ difference) / (difference @ difference) * difference
+    return other.view_as(step.cond)
+
+
+def test_a_weakened_network_is_whole_again_afterwards(pipe):
+    noise, seen = start_noise(pipe, [0]), []
+
+    def guide(step):
+        seen.append(step)
+        return step.cond
+
+    denoise(pipe, [PROMPT], noise, guide, 1, weaken=without_attention)
+    denoise(pipe, [PROMPT], noise, guide, 1)
+    assert torch.equal(seen[0].cond, seen[1].cond) and seen[1].weak is None
+    assert (seen[0].weak - seen[0].cond).abs().max() > 1e-4
+
+
+def test_levels_of_a_step(pipe):
+    """x = a * clean + b * noise, sigma = b / a, and the next step begins at the level where this one ends."""
+    seen = []
+    denoise(pipe, [PROMPT], start_noise(pipe, [0]), lambda step: seen.append(step) or step.cond, 4)
+    for step, after in zip(seen, seen[1:], strict=False):
+        assert step.a**2 + step.b**2 == pytest.approx(1, abs=1e-5) and step.sigma == pytest.approx(
+            step.b / step.a, rel=1e-4
+        )
+        assert step.low == pytest.approx(after.sigma, rel=1e-4)
+        clean = (step.x - step.b * step.cond) / step.a
+        assert torch.allclose(after.x, after.a * clean + after.b * step.cond, atol=1e-4)
+
+
+def test_too_few_prompts_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["guidance_curves", "--count", "3"])
+    with pytest.raises(SystemExit):
+        guidance_curves.main()
+    assert "--count 3 is too few: KID takes 10 or more." in capsys.readouterr().err
