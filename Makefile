@@ -37,7 +37,7 @@ ALONE := CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1
 .PHONY: lab test test-colab test-gpu test-browser train evaluate badges clean distclean
 
 lab: $(STAMP)
-	$(PY) -m jupyterlab $(AS_ROOT) --LabApp.news_url=None notebooks/00_start_here.ipynb
+	$(PY) -m jupyterlab $(AS_ROOT) notebooks/00_start_here.ipynb
 
 # One thread for each worker.
 test test-colab: export OMP_NUM_THREADS := 1

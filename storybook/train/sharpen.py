@@ -88,7 +88,7 @@ def main(argv=None) -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     args = parser.parse_args(argv)
     torch.manual_seed(0)
-    autoencoder = AutoencoderKL.from_pretrained(args.vae, dtype=torch.float32).to(memory_format=torch.channels_last)
+    autoencoder = AutoencoderKL.from_pretrained(args.vae).to(memory_format=torch.channels_last)
     size, channels = autoencoder.config.sample_size, autoencoder.config.latent_channels
     images = data.pictures("train", args.pictures, size)
     fresh = data.to_tensor(data.pictures("fresh", 256, size))
