@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from helpers.generate import Settings, _quiet, decode, generate, model_name, notes, resolve
+from helpers.generate import Settings, decode, generate, model_name, notes, resolve, silenced
 from helpers.images import CELL, ROOT, grid, save
 from helpers.images import settings as settings_in
 from helpers.loading.machine import letting_go
@@ -287,7 +287,7 @@ def _latents(pipe, batch: list[Settings], watch: Callable) -> torch.Tensor:
         stage.prepare()
         encoded = [stage.encode(one.prompt, one.negative_prompt) for one in batch]
         texts = {name: torch.cat([one[name] for one in encoded]) for name in encoded[0]}
-    with letting_go(), one_run_with(pipe, first.scheduler), _quiet(pipe):
+    with letting_go(), one_run_with(pipe, first.scheduler), silenced(pipe):
         return pipe(
             **texts,
             height=first.height,

@@ -82,7 +82,7 @@ def generate(
         say(sentence)
     bar = tqdm(total=settings.steps, leave=False, disable=not watched()) if on_step is None else None
     watch = _Watch(on_step, should_stop, bar)
-    with letting_go(), _drawing, one_run_with(pipe, settings.scheduler), _quiet(pipe):
+    with letting_go(), _drawing, one_run_with(pipe, settings.scheduler), silenced(pipe):
         pipe.kept_guess = None
         try:
             latents = _with_less_memory(pipe, _Draw(pipe, settings, image, mask, watch), settings, say)
@@ -443,7 +443,7 @@ def _require_finite(tensor: torch.Tensor, stage: str) -> None:
 
 
 @contextmanager
-def _quiet(pipe) -> Iterator[None]:
+def silenced(pipe) -> Iterator[None]:
     """Silence the pipeline's own bar and warnings: `notes` has said what matters, and samplers print all they have."""
     own = dict(getattr(pipe, "_progress_bar_config", {}))
     levels = (diffusers.utils.logging.get_verbosity(), transformers_logging.get_verbosity())

@@ -21,6 +21,12 @@ ABSOLUTE = re.compile(r"(?<![\w.~/-])/(?:work|home|Users|tmp|root)\b|\bC:\\")
 BUDGET_WORDS = ("Download", "RAM", "VRAM", "T4", "CPU")
 
 
+def printed(notebook: nbformat.NotebookNode) -> str:
+    """All that the code of an executed notebook printed, without what it wrote to stderr."""
+    outputs = (output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs)
+    return "\n".join(one.text for one in outputs if one.output_type == "stream" and one.name == "stdout")
+
+
 def code_cells(notebook) -> list:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 

@@ -4,6 +4,7 @@ import csv
 import math
 import re
 
+import checks
 import nbformat
 import pytest
 import tiny
@@ -19,13 +20,7 @@ from tools import guidance_curves
 from tools.badges import ROOT
 
 NOTEBOOK = nbformat.read(ROOT / "notebooks" / "04_guidance.ipynb", as_version=4)
-PRINTED = "\n".join(
-    output.text
-    for cell in NOTEBOOK.cells
-    if cell.cell_type == "code"
-    for output in cell.outputs
-    if output.output_type == "stream" and output.name == "stdout"
-)
+PRINTED = checks.printed(NOTEBOOK)
 PROMPT = "a red boat by the sea"
 
 

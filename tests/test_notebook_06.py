@@ -2,6 +2,7 @@
 
 import re
 
+import checks
 import nbformat
 import pytest
 import torch
@@ -11,13 +12,7 @@ from helpers.mixture import Mixture, example, sliced_wasserstein
 from tools.badges import ROOT
 
 NOTEBOOK = nbformat.read(ROOT / "notebooks" / "06_noise_and_training.ipynb", as_version=4)
-PRINTED = "\n".join(
-    output.text
-    for cell in NOTEBOOK.cells
-    if cell.cell_type == "code"
-    for output in cell.outputs
-    if output.output_type == "stream" and output.name == "stdout"
-)
+PRINTED = checks.printed(NOTEBOOK)
 
 
 def printed(pattern: str) -> list[float]:

@@ -4,6 +4,7 @@ import csv
 import math
 import re
 
+import checks
 import nbformat
 import numpy as np
 import pytest
@@ -19,13 +20,7 @@ from tools.badges import ROOT
 
 NOTEBOOK = nbformat.read(ROOT / "notebooks" / "05_schedulers.ipynb", as_version=4)
 CODE = [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code"]
-PRINTED = "\n".join(
-    output.text
-    for cell in NOTEBOOK.cells
-    if cell.cell_type == "code"
-    for output in cell.outputs
-    if output.output_type == "stream" and output.name == "stdout"
-)
+PRINTED = checks.printed(NOTEBOOK)
 with scheduler_curves.PATH.open(newline="") as file:
     ROWS = list(csv.DictReader(file))
 

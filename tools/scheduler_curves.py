@@ -18,8 +18,8 @@ from helpers.generate import decode
 from helpers.images import ROOT
 from helpers.pipelines import load
 from helpers.schedulers import draw_latents, make
-from storybook.evaluate import seen_prompts
 from storybook.judge import judge, share
+from storybook.sample import seen_prompts
 
 PATH = ROOT / "notebooks/data/scheduler_curves.csv"
 COLUMNS = ("model", "sampler", "evaluations", "prompts", "right", "error")

@@ -2,8 +2,8 @@
 
 A small patch discriminator learns to tell renders from round trips, and the decoder to pass as a render
 (Isola et al., 2017; Esser et al., 2021, for autoencoders). The encoder stays as it is, and with it every latent
-and every denoiser that was trained on them. Some latents carry noise of about the denoisers' own error, so that
-the decoder draws clean lines from those too.
+and every denoiser that was trained on them. Some latents carry a little noise, since those that a denoiser draws
+are never exact either.
 """
 
 import argparse
@@ -68,7 +68,8 @@ class SharpDecoding(nn.Module):
         )
         frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         passing = -functional_call(self.discriminator, frozen, (decoded,)).float().mean()
-        # the two gradients on the pixels in a fixed proportion, whatever the sizes of the losses (Esser et al., eq. 7)
+        # the two gradients on the pixels in a fixed proportion, whatever the losses' sizes
+        # (Esser et al., eq. 7, who take those on the last layer)
         by_error, by_passing = (
             torch.autograd.grad(part, decoded, retain_graph=True)[0].norm() for part in (pixels, passing)
         )
