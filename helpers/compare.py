@@ -1,6 +1,7 @@
 """Comparisons that can be trusted: metrics with known errors, and grids of pictures that start from the same noise."""
 
 import csv
+import functools
 import hashlib
 import io
 import itertools
@@ -21,7 +22,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from helpers.generate import Settings, decode, generate, model_name, notes, resolve, silenced
+from helpers.generate import Settings, decode, drawing, generate, model_name, notes, resolve, silenced
 from helpers.images import CELL, ROOT, grid, save
 from helpers.images import settings as settings_in
 from helpers.loading.machine import letting_go
@@ -29,6 +30,7 @@ from helpers.loading.versions import watched
 from helpers.metrics import clip_features as clip_features
 from helpers.metrics import clip_score as clip_score
 from helpers.metrics import contrast as contrast
+from helpers.metrics import difference_with_interval as difference_with_interval
 from helpers.metrics import diversity as diversity
 from helpers.metrics import interval as interval
 from helpers.metrics import kid as kid
@@ -36,7 +38,7 @@ from helpers.metrics import mean_with_interval as mean_with_interval
 from helpers.metrics import pixels as pixels
 from helpers.metrics import saturation as saturation
 from helpers.mixture import sliced_wasserstein as sliced_wasserstein
-from helpers.schedulers import one_run_with
+from helpers.schedulers import fresh, one_run_with
 
 AXES = tuple(field.name for field in fields(Settings) if field.name not in ("count", "strength"))
 TOGETHER = 2**19  # pixels that are drawn in one batch: 32 pictures of 128 x 128, two of 512 x 512
@@ -57,11 +59,9 @@ class Sweep(NamedTuple):
     png: Path
 
     def frame(self):
-        """The rows as a pandas.DataFrame. Raises ImportError, one sentence, where there is no pandas."""
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("A data frame needs pandas: `pip install pandas`, or use the list `rows`.") from error
+        """The rows as a pandas.DataFrame: a column for each axis and each metric."""
+        import pandas  # here, since it takes its time and few ask for it
+
         return pandas.DataFrame(self.rows)
 
     def cells(self, metric: str, *by: str) -> dict:
@@ -81,6 +81,26 @@ class Sweep(NamedTuple):
         return {key: mean_with_interval(values) for key, values in groups.items()}
 
 
+class Cost(NamedTuple):
+    """What a sweep takes of which no picture is there from before."""
+
+    pictures: int
+    evaluations: int  # of the network, for one picture each
+
+
+def cost(
+    pipe: diffusers.DiffusionPipeline,
+    x: tuple[str, Sequence],
+    y: tuple[str, Sequence] | None = None,
+    prompts: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    settings: Settings | None = None,
+) -> Cost:
+    """What the same call of `sweep` would take. Nothing is drawn. Raises ValueError as `sweep` does."""
+    _, _, wanted = _wanted(pipe, x, y, prompts, seeds, settings)
+    return Cost(len(wanted), sum(_evaluations(pipe, wanted)))
+
+
 def sweep(
     pipe: diffusers.DiffusionPipeline,
     x: tuple[str, Sequence],
@@ -91,6 +111,7 @@ def sweep(
     metrics: dict[str, Metric] | None = None,
     folder: str | Path = "outputs",
     say: Callable[[str], None] = print,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> Sweep:
     """Draw every combination of two settings: `sweep(pipe, x=("guidance", [1, 3, 7]), y=("steps", [5, 25]))`.
 
@@ -100,23 +121,28 @@ def sweep(
     pictures and prompts, and gives one number, True, False or None for each; default: saturation and contrast.
 
     The cost is said first. What is drawn is kept in `folder`, so that the same call after an interrupt goes on where it
-    stopped; at the end a CSV and a labelled PNG are there, named after the axes. Raises ValueError, one sentence,
-    before any work starts: for what `resolve` refuses, an unknown axis, an empty or a repeating one, or pictures that
-    do not fit into the RAM. Raises RuntimeError if two values of an axis gave the same pictures everywhere: then the
-    setting was ignored, and the grid would lie.
+    stopped; at the end a CSV and a labelled PNG are there, named after the axes. `on_step(done, evaluations)` is called
+    after every step, those of the run that measures the pace included (done is 0 then); what it raises ends the sweep
+    and is passed on. Without it a progress bar is shown. Raises ValueError, one sentence, before any work starts: for
+    what `resolve` refuses, an unknown axis, an empty or a repeating one, or pictures that do not fit into the RAM.
+    Raises RuntimeError if two values of an axis gave the same pictures everywhere: then the setting was ignored, and
+    the grid would lie.
     """
     metrics = {"saturation": _alone(saturation), "contrast": _alone(contrast)} if metrics is None else metrics
-    axes, base = _axes(x, y, prompts, seeds), settings or Settings(_any_prompt(x, y, prompts))
-    points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    wanted = [_resolved(pipe, replace(base, count=1, strength=None, **point)) for point in points]
-    _require_room(wanted)
+    axes, points, wanted = _wanted(pipe, x, y, prompts, seeds, settings)
     stem = "-by-".join(axis[0] for axis in (x, y) if axis) + f"-{_fingerprint(pipe, wanted)}"
     place = ROOT / Path(folder).expanduser()
     parts = place / f"{stem}.parts"
 
     found = {index: image for index, one in enumerate(wanted) if (image := _kept(parts / f"{index}.png", one))}
     batches = _batches(wanted, [index for index in range(len(wanted)) if index not in found])
-    evaluations = sum(_evaluations(pipe, wanted[index]) for batch in batches for index in batch)
+    each = _evaluations(pipe, wanted)
+    evaluations = sum(each[index] for batch in batches for index in batch)
+
+    def tell(before: int, share: int, step: int, steps: int) -> None:
+        if on_step is not None:
+            on_step(before + share * step // steps, evaluations)
+
     for sentence in dict.fromkeys(note for one in dict.fromkeys(map(_texts, wanted)) for note in notes(pipe, one)):
         say(sentence)
     if found:
@@ -124,14 +150,21 @@ def sweep(
     if batches:
         say(f"{sum(map(len, batches))} pictures, {evaluations:,} evaluations of the network for one picture each.")
         # In proportion: a batch that shares its time among many pictures is the one that is measured.
-        seconds = _seconds_per_evaluation(pipe, [wanted[index] for index in max(batches, key=len)]) * evaluations
+        most = [wanted[index] for index in max(batches, key=len)]
+        with drawing:
+            seconds = _seconds_per_evaluation(pipe, most, functools.partial(tell, 0, 0)) * evaluations
         say(f"At the pace of one step measured now: about {_time(seconds)}, decoding and metrics not counted.")
-    with tqdm(total=evaluations, unit="eval", leave=False, disable=not watched()) as bar:
+    done = 0
+    with tqdm(total=evaluations, unit="eval", leave=False, disable=on_step is not None or not watched()) as bar:
         for batch in batches:
-            for index, image in zip(batch, _draw(pipe, [wanted[index] for index in batch]), strict=True):
+            share = sum(each[index] for index in batch)
+            with drawing:
+                drawn = _draw(pipe, [wanted[index] for index in batch], functools.partial(tell, done, share))
+            for index, image in zip(batch, drawn, strict=True):
                 found[index] = image
                 save(image, folder=parts, name=str(index))
-                bar.update(_evaluations(pipe, wanted[index]))
+            bar.update(share)
+            done += share
     images = [found[index] for index in range(len(wanted))]
     _require_effect(axes, images)
 
@@ -201,6 +234,17 @@ def _axes(x, y, prompts, seeds) -> dict[str, list]:
     return axes
 
 
+def _wanted(
+    pipe, x, y, prompts, seeds, settings: Settings | None
+) -> tuple[dict[str, list], list[dict], list[Settings]]:
+    """What varies, the values of each picture, and all of its settings."""
+    axes, base = _axes(x, y, prompts, seeds), settings or Settings(_any_prompt(x, y, prompts))
+    points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    wanted = [_resolved(pipe, replace(base, count=1, strength=None, **point)) for point in points]
+    _require_room(wanted)
+    return axes, points, wanted
+
+
 def _resolved(pipe, one: Settings) -> Settings:
     one = resolve(pipe, one)
     known = pipe.scheduler.config.num_train_timesteps
@@ -258,20 +302,26 @@ def _batches(wanted: list[Settings], missing: list[int]) -> list[list[int]]:
     return batches
 
 
-def _evaluations(pipe, one: Settings) -> int:
-    """How often the network is asked for one picture: once a timestep, twice with guidance."""
-    with one_run_with(pipe, one.scheduler):
-        pipe.scheduler.set_timesteps(one.steps)
-        return len(pipe.scheduler.timesteps) * (2 if one.guidance > 1 else 1)
+def _evaluations(pipe, wanted: list[Settings]) -> list[int]:
+    """How often the network is asked for each picture: once a timestep, twice with guidance."""
+
+    @functools.cache
+    def timesteps(scheduler: str, steps: int) -> int:
+        made = fresh(pipe.scheduler, scheduler)  # another thread may be drawing with the pipeline's own
+        made.set_timesteps(steps)
+        return len(made.timesteps)
+
+    return [timesteps(one.scheduler, one.steps) * (2 if one.guidance > 1 else 1) for one in wanted]
 
 
-def _seconds_per_evaluation(pipe, batch: list[Settings]) -> float:
+def _seconds_per_evaluation(pipe, batch: list[Settings], on_step: Callable[[int, int], None]) -> float:
     """Measured between the first and the second step of a run of three, of which nothing is kept."""
     ends = []
 
     def watch(pipe, index, timestep, tensors):
         tensors["latents"].flatten()[0].item()  # a GPU answers only when it is done
         ends.append(time.perf_counter())
+        on_step(index + 1, TIMED)
         return {}
 
     _latents(pipe, [replace(one, steps=TIMED) for one in batch], watch)
@@ -300,17 +350,26 @@ def _latents(pipe, batch: list[Settings], watch: Callable) -> torch.Tensor:
         ).images
 
 
-def _draw(pipe, batch: list[Settings]) -> list[Image.Image]:
+def _draw(pipe, batch: list[Settings], on_step: Callable[[int, int], None]) -> list[Image.Image]:
     """A single picture by `generate`, which also knows what to do when the memory is full."""
-    quiet = {"on_step": lambda *_: None, "say": lambda _: None}
     if len(batch) == 1:
-        return generate(pipe, batch[0], **quiet)
+        return generate(pipe, batch[0], on_step=lambda step, steps, _: on_step(step, steps), say=lambda _: None)
+
+    def watch(pipe, index, timestep, tensors):
+        on_step(index + 1, pipe.num_timesteps)
+        return {}
+
     try:
-        latents = _latents(pipe, batch, lambda *_: {})
+        latents = _latents(pipe, batch, watch)
     except torch.OutOfMemoryError:
         latents = None
     if latents is None:  # out here, where the error no longer holds on to what it met
-        return [image for one in batch for image in _draw(pipe, [one])]
+        share = len(batch)
+        return [
+            image
+            for k, one in enumerate(batch)
+            for image in _draw(pipe, [one], lambda step, steps, k=k: on_step(k * steps + step, share * steps))
+        ]
     made = decode(pipe, latents)
     images = pipe.image_processor.numpy_to_pil(pipe.image_processor.pt_to_numpy(made))
     for one, image in zip(batch, images, strict=True):

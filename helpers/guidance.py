@@ -1,7 +1,8 @@
 """The denoising loop with the guidance left open: what is done with the two predictions is a function of your own."""
 
+import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import diffusers
@@ -47,12 +48,12 @@ def denoise(
     guide: Guide,
     steps: int,
     negative: str = "",
-    weaken: Callable[[torch.nn.Module], object] | None = None,
+    weaken: Callable[[torch.nn.Module], AbstractContextManager[torch.nn.Module]] | None = None,
 ) -> Drawn:
     """DDIM from `noise` (B, C, h, w), one prompt each, for a model that predicts noise.
 
-    `guide` makes of each `Step` the noise that is followed. `weaken(unet)` is a context manager inside which the
-    network is asked once more, with the prompt.
+    `guide` makes of each `Step` the noise that is followed. `weaken(unet)` is a context manager that gives the weakened
+    network, which is asked too, with the prompt.
 
     The *effective scale* says how far the guide went along the difference of the two predictions, whatever else it did:
     the sum of <guided - empty, cond - empty> over all steps, divided by that of |cond - empty|^2. Of `cfg(w)` it is w.
@@ -66,8 +67,8 @@ def denoise(
         both = pipe.unet(torch.cat([x, x]), t, encoder_hidden_states=torch.cat([empty, cond])).sample
         weak = None
         if weaken is not None:
-            with weaken(pipe.unet):
-                weak = pipe.unet(x, t, encoder_hidden_states=cond).sample
+            with weaken(pipe.unet) as network:
+                weak = network(x, t, encoder_hidden_states=cond).sample
         before = t - scheduler.config.num_train_timesteps // steps
         left, later = scheduler.alphas_cumprod[t], scheduler.final_alpha_cumprod
         later = scheduler.alphas_cumprod[before] if before >= 0 else later
@@ -92,17 +93,31 @@ class _Identity:
 
 
 @contextmanager
-def without_attention(unet: torch.nn.Module) -> Iterator[None]:
+def without_attention(unet: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """The UNet with the self-attention of its middle block switched off (Perturbed Attention Guidance; Ahn, 2024)."""
     layers = [block.attn1 for part in unet.mid_block.attentions for block in part.transformer_blocks]
     own = [layer.processor for layer in layers]
     try:
         for layer in layers:
             layer.processor = _Identity()
-        yield
+        yield unet
     finally:
         for layer, processor in zip(layers, own, strict=True):
             layer.processor = processor
+
+
+def noised_copy(network: torch.nn.Module, share: float = 0.1, seed: int = 0) -> torch.nn.Module:
+    """A copy with Gaussian noise in every weight, `share` times as strong as the tensor's own spread.
+
+    A worse version of a network of which no earlier checkpoint is at hand. Autoguidance (Karras and others, 2024) wants
+    the same mistakes, only larger; noise makes mistakes of its own kind, so it is a stand-in and no equal.
+    """
+    worse, generator = copy.deepcopy(network), torch.Generator("cpu").manual_seed(seed)
+    with torch.no_grad():
+        for tensor in worse.parameters():
+            spread = tensor.float().std(correction=0).item()
+            tensor += share * spread * torch.randn(tensor.shape, generator=generator).to(tensor)
+    return worse
 
 
 def start_noise(pipe: diffusers.StableDiffusionPipeline, seeds: list[int]) -> torch.Tensor:

@@ -34,6 +34,25 @@ def mean_with_interval(values: Sequence[float | bool]) -> tuple[float, float, fl
     return mean, mean - half, mean + half, count
 
 
+def difference_with_interval(
+    ours: Sequence[float | bool], theirs: Sequence[float | bool]
+) -> tuple[float, float, float, int]:
+    """(mean, low, high, count) of ours minus theirs, pair by pair: of pictures with the same prompt and noise, say.
+
+    For True and False the 95 % interval of Bonett and Price (2012), which has a width also where no pair differs; else
+    1.96 standard errors of the differences either way. Raises ValueError if the numbers of the two differ or are 0.
+    """
+    if len(ours) != len(theirs) or not len(ours):
+        raise ValueError(f"There are {len(ours)} and {len(theirs)} values: give pairs, one at least.")
+    differences = [float(a) - float(b) for a, b in zip(ours, theirs, strict=True)]
+    mean, low, high, count = mean_with_interval(differences)
+    if all(isinstance(value, (bool, np.bool_)) for value in (*ours, *theirs)):
+        gained, lost = ((differences.count(sign) + 1) / (count + 2) for sign in (1.0, -1.0))
+        half = 1.96 * math.sqrt((gained + lost - (gained - lost) ** 2) / (count + 2))
+        low, high = gained - lost - half, gained - lost + half
+    return mean, low, high, count
+
+
 def pixels(images: Sequence[Image.Image]) -> torch.Tensor:
     """(n, 3, H, W) in 0..1. Raises ValueError for no pictures or pictures of several sizes."""
     if not images or len({image.size for image in images}) > 1:

@@ -209,12 +209,16 @@ def draw_latents(
         pipe.scheduler = own
 
 
+def fresh(own: diffusers.SchedulerMixin, name: str) -> diffusers.SchedulerMixin:
+    """A new scheduler `name` for the pipeline that has `own`, which stays as it is. ValueError as from `make`."""
+    return type(own).from_config(own.config) if name == type(own).__name__ else make(name, own.config)
+
+
 @contextmanager
 def one_run_with(pipe: diffusers.DiffusionPipeline, name: str) -> Iterator[None]:
     """Swap the sampler for one run. Samplers remember their steps, so the pipeline's own is not touched at all."""
     own = pipe.scheduler
-    made = type(own).from_config(own.config) if name == type(own).__name__ else make(name, own.config)
-    pipe.scheduler = for_this_run = remember(made)
+    pipe.scheduler = for_this_run = remember(fresh(own, name))
     try:
         yield
     finally:

@@ -2,7 +2,6 @@
 
 import csv
 import math
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,6 +17,7 @@ from helpers.compare import (
     clip_features,
     clip_score,
     contrast,
+    difference_with_interval,
     diversity,
     interval,
     kid,
@@ -70,6 +70,19 @@ def test_a_mean_comes_with_the_interval_of_its_kind():
     assert mean_with_interval([True] * 8 + [False] * 2) == pytest.approx((0.8, 0.4902, 0.9433, 10), abs=1e-4)
     assert mean_with_interval([1.0, 3.0]) == pytest.approx((2, 2 - 1.96, 2 + 1.96, 2))
     assert mean_with_interval([1.0])[1:3] == (-math.inf, math.inf)
+
+
+def test_differences_are_taken_pair_by_pair():
+    assert difference_with_interval([1.0, 5.0], [0.5, 4.5]) == pytest.approx((0.5, 0.5, 0.5, 2))
+    # Bonett and Price by hand: 6 gained and 1 lost of 20, so 7 / 22 and 2 / 22
+    ours, theirs = [True] * 6 + [False] + [True] * 13, [False] * 6 + [True] * 14
+    half = 1.96 * math.sqrt((9 / 22 - (5 / 22) ** 2) / 22)
+    assert difference_with_interval(ours, theirs) == pytest.approx((5 / 20, 5 / 22 - half, 5 / 22 + half, 20))
+    mean, low, high, _ = difference_with_interval([True] * 48, [True] * 48)
+    assert mean == 0 and high == -low == pytest.approx(0.0554, abs=1e-4)
+    for wrong in ([True], []):
+        with pytest.raises(ValueError, match="give pairs"):
+            difference_with_interval(wrong, [True, False] if wrong else [])
 
 
 def test_colours_and_greys():
@@ -168,7 +181,9 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(pipe, tmp_path, monkeypat
 
     draw = helpers.compare._draw
     monkeypatch.setattr(
-        helpers.compare, "_draw", lambda pipe, batch: stop(0, 0) if batch[0].guidance == 3 else draw(pipe, batch)
+        helpers.compare,
+        "_draw",
+        lambda pipe, batch, tell: stop(0, 0) if batch[0].guidance == 3 else draw(pipe, batch, tell),
     )
     with pytest.raises(KeyboardInterrupt):
         sweep(pipe, **axes, seeds=[0, 1], folder=tmp_path)
@@ -254,7 +269,7 @@ def test_a_full_memory_is_met_with_smaller_batches(pipe, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr(helpers.compare, "_latents", full)
-    monkeypatch.setattr(helpers.compare, "_seconds_per_evaluation", lambda pipe, batch: 0.0)
+    monkeypatch.setattr(helpers.compare, "_seconds_per_evaluation", lambda *_: 0.0)
     found = sweep(pipe, ("seed", [0, 1]), settings=Settings(PROMPT, steps=1), folder=tmp_path)
     assert len(found.images) == 2
 
@@ -266,10 +281,8 @@ def test_a_flow_model_is_swept_too(tmp_path):
     assert len(found.images) == 4
 
 
-def test_the_table_as_a_data_frame(pipe, tmp_path, monkeypatch):
+def test_the_table_as_a_data_frame(pipe, tmp_path):
     found = sweep(pipe, ("seed", [0, 1]), settings=Settings(PROMPT, steps=1), folder=tmp_path)
-    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=lambda rows: ("frame", rows)))
-    assert found.frame() == ("frame", found.rows)
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ImportError, match="pip install pandas"):
-        found.frame()
+    frame = found.frame()
+    assert list(frame.columns) == list(found.rows[0]) and frame["seed"].tolist() == [0, 1]
+    assert frame["contrast"].tolist() == [row["contrast"] for row in found.rows]

@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+from contextlib import nullcontext
 
 import checks
 import nbformat
@@ -11,8 +12,9 @@ import tiny
 import torch
 from diffusers import DDIMScheduler
 from diffusers.guiders import ClassifierFreeGuidance
+from PIL import Image
 
-from helpers.guidance import cfg, denoise, start_noise, without_attention
+from helpers.guidance import cfg, denoise, noised_copy, start_noise, without_attention
 from helpers.mixture import Mixture, example, sliced_wasserstein
 from helpers.pipelines import Model, load
 from helpers.schedulers import make
@@ -101,7 +103,7 @@ def rows(**wanted) -> list[dict]:
 
 
 def test_the_table_belongs_to_the_weights():
-    found = guidance_curves.check_rows(load("storybook-sd"))
+    found = guidance_curves.check_rows(load("storybook-sd"), 12)
     for (*_, metric, mean, _low, _high, n), row in zip(found, rows(part="check"), strict=True):
         assert metric == row["metric"] and n == int(row["n"])
         assert mean == pytest.approx(float(row["mean"]), rel=0.02, abs=0.01), (
@@ -128,6 +130,36 @@ def test_what_the_table_has_is_what_the_page_says():
         assert printed(rf"right, {sort}, scale 14 +([\d.]+) \(([\d.]+) to ([\d.]+)\)") == pytest.approx(
             [float(row[name]) for name in ("mean", "low", "high")], abs=0.006
         )
+
+
+METHODS = [name for name in guidance_curves.METHODS if name != "cfg"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_are_compared_at_the_same_effective_scale_on_the_same_pictures(method):
+    found = {
+        (row["part"], row["metric"]): [float(row[name]) for name in ("mean", "low", "high", "n")]
+        for row in rows(method=method)
+        if row["part"] in ("method", "plain", "gain")
+    }
+    assert found["plain", "effective"] == pytest.approx(found["method", "effective"], rel=2e-3)
+    for metric in ("right", "clip", "saturation", "contrast"):
+        mean, low, high, count = found["gain", metric]
+        assert mean == pytest.approx(found["method", metric][0] - found["plain", metric][0], abs=2e-3)
+        assert low <= mean <= high and count == found["method", metric][3] == found["plain", metric][3] >= 40
+    assert {("method", "diversity"), ("plain", "diversity"), ("method", "kid"), ("plain", "kid")} <= set(found)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_pages_verdicts_are_the_tables(method):
+    (row,) = rows(part="gain", method=method, metric="right")
+    ends = [float(row[name]) for name in ("mean", "low", "high")]
+    name = re.escape(method)
+    line = printed(rf"{name} minus plain at its effective scale, right +(-?[\d.]+) \((-?[\d.]+) to (-?[\d.]+)\)")
+    assert line == pytest.approx(ends, abs=0.006)
+    (better,) = re.findall(r"clearly more right than plain guidance.*?: +(.*)", PRINTED)
+    (worse,) = re.findall(r"clearly less right: +(.*)", PRINTED)
+    assert (method in better.split(", ")) == (ends[1] > 0) and (method in worse.split(", ")) == (ends[2] < 0)
 
 
 # The loop
@@ -174,6 +206,26 @@ def test_a_weakened_network_is_whole_again_afterwards(pipe):
     assert (seen[0].weak - seen[0].cond).abs().max() > 1e-4
 
 
+def test_a_noised_copy_is_worse_by_the_share_and_leaves_the_network_alone(pipe):
+    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    first, again, other = (noised_copy(pipe.unet, 0.2, seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(before[name], tensor) for name, tensor in pipe.unet.state_dict().items())
+    largest = max(before, key=lambda name: before[name].numel())
+    error = (first[largest] - before[largest]).std() / before[largest].std()
+    assert error.item() == pytest.approx(0.2, rel=0.1)
+    assert torch.equal(first[largest], again[largest]) and not torch.equal(first[largest], other[largest])
+
+
+def test_the_weakened_network_is_the_one_that_is_asked(pipe):
+    copy, seen = noised_copy(pipe.unet, 0.5), []
+    denoise(pipe, [PROMPT], start_noise(pipe, [0]), lambda step: seen.append(step) or step.cond, 1,
+            weaken=lambda unet: nullcontext(copy))  # fmt: skip
+    own, pipe.unet = pipe.unet, copy
+    denoise(pipe, [PROMPT], start_noise(pipe, [0]), lambda step: seen.append(step) or step.cond, 1)
+    pipe.unet = own
+    assert torch.allclose(seen[0].weak, seen[1].cond, atol=1e-5) and not torch.equal(seen[0].weak, seen[0].cond)
+
+
 def test_levels_of_a_step(pipe):
     """x = a * clean + b * noise, sigma = b / a, and the next step begins at the level where this one ends."""
     seen = []
@@ -192,3 +244,31 @@ def test_too_few_prompts_are_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         guidance_curves.main()
     assert "--count 3 is too few: KID takes 10 or more." in capsys.readouterr().err
+
+
+def test_a_scale_for_each_picture_is_plain_guidance_of_each(pipe, monkeypatch):
+    """Also over the end of a batch; pictures of another scale are other pictures."""
+    monkeypatch.setattr(guidance_curves, "BATCH", 2)
+    monkeypatch.setattr(guidance_curves, "STEPS", 2)
+    prompts, seeds, scales = [PROMPT] * 3, [0, 1, 2], [1.5, 6.0, 3.0]
+    images, effective = guidance_curves.draw(pipe, prompts, seeds, scales)
+    assert effective == pytest.approx(scales, abs=1e-3)
+    for k in range(3):
+        (alone,), _ = guidance_curves.draw(pipe, [PROMPT], [seeds[k]], cfg(scales[k]))
+        (other,), _ = guidance_curves.draw(pipe, [PROMPT], [seeds[k]], cfg(scales[k - 1]))
+        assert images[k].tobytes() == alone.tobytes() != other.tobytes()
+
+
+def test_gains_are_taken_picture_by_picture():
+    red, half, grey = (Image.new("RGB", (64, 64), colour) for colour in ((255, 0, 0), (255, 128, 128), "gray"))
+    found = {row[0]: row[1:] for row in guidance_curves.gains([red, half], [half, grey], [PROMPT] * 2)}
+    mean, low, high, count = found["saturation"]
+    assert mean == pytest.approx(0.5, abs=0.01) and count == 2
+    assert high - low < 0.02, "both differences are one half: how the pictures differ among themselves is out of it"
+
+
+def test_a_job_replaces_its_own_rows_and_no_others():
+    old = [["check", "rescale", "6"], ["scale", "cfg", "1"], ["method", "cfg", "7"], ["plain", "apg", "7"]]
+    new = [["method", "apg", "9"], ["gain", "apg", "9"]]
+    assert guidance_curves.merged(old, new, ["apg"]) == old[:3] + new
+    assert guidance_curves.merged(old, [["scale", "cfg", "2"]], ["scale"]) == [old[0], ["scale", "cfg", "2"], *old[2:]]

@@ -112,6 +112,20 @@ def test_the_table_is_whole():
     assert all(0 <= float(row["right"]) <= 1 and int(row["prompts"]) == scheduler_curves.PROMPTS for row in ROWS)
 
 
+def test_one_model_is_computed_again_and_the_other_stays(tmp_path, monkeypatch):
+    path = tmp_path / "curves.csv"
+    monkeypatch.setattr(scheduler_curves, "PATH", path)
+    monkeypatch.setattr(scheduler_curves, "measure", lambda name: [dict.fromkeys(scheduler_curves.COLUMNS, name)])
+    monkeypatch.setattr("sys.argv", ["scheduler_curves"])
+    scheduler_curves.main()
+    assert [row["model"] for row in scheduler_curves.read(path)] == list(scheduler_curves.SAMPLERS)
+    again = {"model": "storybook-sd", "sampler": "again"}
+    monkeypatch.setattr(scheduler_curves, "measure", lambda name: [dict.fromkeys(scheduler_curves.COLUMNS, "") | again])
+    monkeypatch.setattr("sys.argv", ["scheduler_curves", "--only", "storybook-sd"])
+    scheduler_curves.main()
+    assert [row["sampler"] for row in scheduler_curves.read(path)] == ["again", "storybook-sd3"]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", scheduler_curves.SAMPLERS)
 def test_a_row_of_the_table_is_found_again(name):

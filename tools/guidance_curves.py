@@ -1,8 +1,14 @@
 """What guidance does to storybook-sd: `python -m tools.guidance_curves` writes notebooks/data/guidance.csv for page 04.
 
 A row is one number with its 95 % interval, from n pictures (of diversity: n prompts; of kid: n pictures, and 1.96
-standard errors). DDIM, the same prompts and the same noise in every row of a part. The
-committed table took 5.5 minutes of CPU time.
+standard errors). DDIM, the same prompts and the same noise in every row of a part. Parts of the table:
+
+* check, negative, scale: two pictures for a test; negative prompts; plain guidance at growing scales.
+* method: a method that improves on plain guidance, at one setting of its knob.
+* plain: plain guidance of the same prompts and noise, each picture at the effective scale that the method gave it.
+* gain: the first minus the second, picture by picture, so that what prompts and noise do is out of the interval.
+
+`--only` computes some of it again and leaves the other rows as they are.
 """
 
 import argparse
@@ -10,8 +16,10 @@ import csv
 import os
 import random
 from collections.abc import Callable
-from functools import partial
+from contextlib import nullcontext
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers.guiders.adaptive_projected_guidance import normalized_guidance
@@ -22,13 +30,14 @@ from helpers.compare import (
     clip_features,
     clip_score,
     contrast,
+    difference_with_interval,
     diversity,
     kid,
     mean_with_interval,
     saturation,
 )
 from helpers.generate import decode
-from helpers.guidance import Guide, cfg, denoise, start_noise, without_attention
+from helpers.guidance import Guide, cfg, denoise, noised_copy, start_noise, without_attention
 from helpers.images import ROOT
 from helpers.pipelines import load
 from storybook.judge import judge
@@ -41,14 +50,31 @@ SCALES = (1, 2, 3, 4, 6, 9, 14)
 BATCH = 20
 APG = {"eta": 0.0, "use_original_formulation": True}  # the paper's formula, whose scale is ours minus 1
 FIELDS = ("part", "method", "strength", "prompts", "metric", "mean", "low", "high", "n")
-# For each method its strengths, and the guide of one strength. "pag" is added to guidance of scale 2.
-METHODS: dict[str, tuple[tuple[float, ...], Callable[[float], Guide]]] = {
-    "cfg": ((1, 2, 4, 7, 12), cfg),
-    "interval": ((4, 7, 12), lambda w: lambda s: cfg(w if 0.2 <= s.share < 0.8 else 1)(s)),
-    "rescale": ((4, 7, 12), lambda w: lambda s: rescale_noise_cfg(cfg(w)(s), s.cond, 0.7)),
-    "cfg++": ((0.3, 0.6, 1.0), lambda w: lambda s: cfg(w * s.sigma / (s.sigma - s.low))(s)),
-    "apg": ((4, 7, 12), lambda w: lambda s: in_x0(s, partial(normalized_guidance, guidance_scale=w - 1, **APG))),
-    "pag": ((1, 3), lambda w: lambda s: cfg(2)(s) + w * (s.cond - s.weak)),
+
+
+class Method(NamedTuple):
+    """A proposal at one setting of its knob."""
+
+    strength: float
+    guide: Callable[[float], Guide]
+    weaken: Callable | None = None
+
+
+@cache
+def worse(unet: torch.nn.Module) -> torch.nn.Module:
+    """One copy for all steps."""
+    return noised_copy(unet)
+
+
+# "pag" is added to plain guidance of scale 2; "auto" takes the place of plain guidance and asks no empty prompt.
+METHODS = {
+    "cfg": Method(7, cfg),
+    "interval": Method(7, lambda w: lambda s: cfg(w if 0.2 <= s.share < 0.8 else 1)(s)),
+    "rescale": Method(7, lambda w: lambda s: rescale_noise_cfg(cfg(w)(s), s.cond, 0.7)),
+    "cfg++": Method(0.6, lambda w: lambda s: cfg(w * s.sigma / (s.sigma - s.low))(s)),
+    "apg": Method(7, lambda w: lambda s: in_x0(s, partial(normalized_guidance, guidance_scale=w - 1, **APG))),
+    "pag": Method(3, lambda w: lambda s: cfg(2)(s) + w * (s.cond - s.weak), without_attention),
+    "auto": Method(3, lambda w: lambda s: s.weak + w * (s.cond - s.weak), lambda unet: nullcontext(worse(unet))),
 }
 # (prompt, negative prompt): is what comes out red? The colour that is left unsaid is up to the model.
 NEGATIVES = (
@@ -66,11 +92,12 @@ def in_x0(step, guide: Callable) -> torch.Tensor:
     return (step.x - step.a * guess) / step.b
 
 
-def draw(pipe, prompts: list[str], seeds: list[int], guide: Guide, **more) -> tuple[list[Image.Image], list[float]]:
-    """Pictures and the effective scale of each."""
+def draw(pipe, prompts: list[str], seeds: list[int], guide: Guide | list[float], **more) -> tuple[list, list[float]]:
+    """Pictures and the effective scale of each. `guide` may be a list: plain guidance, a scale for each picture."""
     images, scales = [], []
-    for k in range(0, len(prompts), BATCH):
-        drawn = denoise(pipe, prompts[k : k + BATCH], start_noise(pipe, seeds[k : k + BATCH]), guide, STEPS, **more)
+    for part in (slice(k, k + BATCH) for k in range(0, len(prompts), BATCH)):
+        own = cfg(torch.tensor(guide[part]).view(-1, 1, 1, 1)) if isinstance(guide, list) else guide
+        drawn = denoise(pipe, prompts[part], start_noise(pipe, seeds[part]), own, STEPS, **more)
         pixels = pipe.image_processor.pt_to_numpy(decode(pipe, drawn.latents))
         images += pipe.image_processor.numpy_to_pil(pixels)
         scales += drawn.effective.tolist()
@@ -84,16 +111,26 @@ def right(image: Image.Image, prompt: str) -> bool:
     return all(row[part] is not False for part in parts)
 
 
-def measured(images: list[Image.Image], prompts: list[str], scales: list[float]) -> list[tuple]:
-    """(metric, mean, low, high, n) for one set of pictures."""
-    values = {
+def values_of(images: list[Image.Image], prompts: list[str]) -> dict[str, list]:
+    """One number, or True or False, for each picture."""
+    return {
         "right": [right(image, prompt) for image, prompt in zip(images, prompts, strict=True)],
         "clip": clip_score(images, prompts),
         "saturation": saturation(images),
         "contrast": contrast(images),
-        "effective": scales,
     }
+
+
+def measured(images: list[Image.Image], prompts: list[str], scales: list[float]) -> list[tuple]:
+    """(metric, mean, low, high, n) for one set of pictures."""
+    values = values_of(images, prompts) | {"effective": scales}
     return [(name, *mean_with_interval(found)) for name, found in values.items()]
+
+
+def gains(images: list[Image.Image], others: list[Image.Image], prompts: list[str]) -> list[tuple]:
+    """(metric, mean, low, high, n) of the differences between pictures of the same prompt and noise."""
+    ours, theirs = values_of(images, prompts), values_of(others, prompts)
+    return [(name, *difference_with_interval(ours[name], theirs[name])) for name in ours]
 
 
 def of_the_set(images: list[Image.Image], prompts: list[str], renders: torch.Tensor) -> list[tuple]:
@@ -105,16 +142,25 @@ def of_the_set(images: list[Image.Image], prompts: list[str], renders: torch.Ten
     return [("diversity", *spread), ("kid", distance, distance - 1.96 * error, distance + 1.96 * error, len(images))]
 
 
-def scale_curves(pipe, count: int) -> list[tuple]:
-    """Rows of the part "scale": `count` easy and as many hard prompts, two seeds each, at every scale."""
-    rows, sorts = [], {"easy": seen_prompts(count), "hard": two_thing_prompts(count)}
+def renders_for(count: int) -> torch.Tensor:
+    """What KID compares with: features of renders, as many easy as hard, three times as many as prompts."""
     rng = random.Random("renders for kid")
     renders = [render(parse(prompt), rng) for prompt in (*seen_prompts(3 * count), *two_thing_prompts(3 * count))]
-    renders = clip_features(renders)[torch.randperm(6 * count, generator=torch.Generator().manual_seed(1))]
+    return clip_features(renders)[torch.randperm(6 * count, generator=torch.Generator().manual_seed(1))]
+
+
+def twice(prompts: list[str]) -> list[str]:
+    """Every prompt two times in a row, for two seeds."""
+    return [prompt for prompt in prompts for _ in range(2)]
+
+
+def scale_rows(pipe, count: int) -> list[tuple]:
+    """Rows of the part "scale": `count` easy and as many hard prompts, two seeds each, at every scale."""
+    rows, sorts = [], {"easy": twice(seen_prompts(count)), "hard": twice(two_thing_prompts(count))}
+    renders = renders_for(count)
     for scale in SCALES:
         every, asked = [], []
         for sort, prompts in sorts.items():
-            prompts = [prompt for prompt in prompts for _ in range(2)]
             images, effective = draw(pipe, prompts, list(range(len(prompts))), cfg(scale))
             rows += [("scale", "cfg", scale, sort, *found) for found in measured(images, prompts, effective)]
             every, asked = every + images, asked + prompts
@@ -123,17 +169,20 @@ def scale_curves(pipe, count: int) -> list[tuple]:
     return rows
 
 
-def method_curves(pipe, count: int) -> list[tuple]:
-    """Rows of the part "method": half of the `count` prompts are easy, half hard, a seed each."""
-    prompts = seen_prompts(count // 2) + two_thing_prompts(count - count // 2)
-    rows, seeds = [], list(range(1000, 1000 + count))
-    for name, (strengths, guide) in METHODS.items():
-        weaken = without_attention if name == "pag" else None
-        for strength in strengths:
-            images, effective = draw(pipe, prompts, seeds, guide(strength), weaken=weaken)
-            rows += [("method", name, strength, "all", *found) for found in measured(images, prompts, effective)]
-            print(f"{name} {strength}: {rows[-5][4:6]}", flush=True)
-    return rows
+def method_rows(pipe, count: int, name: str) -> list[tuple]:
+    """Rows of the parts "method", "plain" and "gain": `count` easy and as many hard prompts, two seeds each."""
+    strength, guide, weaken = METHODS[name]
+    easy_and_hard = zip(seen_prompts(count), two_thing_prompts(count), strict=True)
+    prompts, renders = twice([prompt for pair in easy_and_hard for prompt in pair]), renders_for(count)
+    seeds = list(range(1000, 1000 + len(prompts)))
+    images, effective = draw(pipe, prompts, seeds, guide(strength), weaken=weaken)
+    found = {"method": measured(images, prompts, effective) + of_the_set(images, prompts, renders)}
+    if name != "cfg":  # which is its own match
+        plain, scales = draw(pipe, prompts, seeds, effective)
+        found["plain"] = measured(plain, prompts, scales) + of_the_set(plain, prompts, renders)
+        found["gain"] = gains(images, plain, prompts)
+    print(f"{name} {strength}: {found['method'][0]}, gain {found.get('gain', [None])[0]}", flush=True)
+    return [(part, name, strength, "all", *row) for part, rows in found.items() for row in rows]
 
 
 def negative_rows(pipe, count: int) -> list[tuple]:
@@ -148,37 +197,69 @@ def negative_rows(pipe, count: int) -> list[tuple]:
     return rows
 
 
-def check_rows(pipe) -> list[tuple]:
+def check_rows(pipe, count: int) -> list[tuple]:
     """Two pictures that a test draws again, so that the table is known to belong to the weights."""
     prompts = seen_prompts(2)
-    images, effective = draw(pipe, prompts, [0, 1], METHODS["rescale"][1](6))
+    images, effective = draw(pipe, prompts, [0, 1], METHODS["rescale"].guide(6))
     return [("check", "rescale", 6, "easy", *found) for found in measured(images, prompts, effective)]
 
 
-def write(rows: list[tuple], path: Path) -> None:
+JOBS = {
+    "check": check_rows,
+    "negative": negative_rows,
+    "scale": scale_rows,
+    **{name: partial(method_rows, name=name) for name in METHODS},
+}
+
+
+def job_of(row: list[str]) -> str:
+    """The name of the job that computes this row of the table."""
+    part, method = row[:2]
+    return part if part in JOBS else method
+
+
+def merged(old: list[list[str]], new: list[list[str]], jobs: list[str]) -> list[list[str]]:
+    """The table with the rows of these jobs replaced, in the order of JOBS."""
+    rows = [row for row in old if job_of(row) not in jobs] + new
+    return sorted(rows, key=lambda row: list(JOBS).index(job_of(row)))
+
+
+def read(path: Path) -> list[list[str]]:
+    """The rows of a table that is there, without its header."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.reader(file))[1:]
+
+
+def write(rows: list[list[str]], path: Path) -> None:
     """The CSV, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
-    with temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(FIELDS)
-        writer.writerows([f"{value:.4g}" if isinstance(value, float) else value for value in row] for row in rows)
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([FIELDS, *rows])
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def main() -> None:
-    """Draw, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Draw, measure, write; after every job, so that what is done stays when the next one is interrupted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=12, help="prompts of each sort; 10 or more, KID needs as many")
+    parser.add_argument("--only", nargs="+", choices=JOBS, default=list(JOBS), metavar="JOB", help=", ".join(JOBS))
     parser.add_argument("--out", type=Path, default=TABLE)
     args = parser.parse_args()
     if args.count < 10:
         parser.error(f"--count {args.count} is too few: KID takes 10 or more.")
     pipe = load("storybook-sd")
-    rows = check_rows(pipe) + negative_rows(pipe, args.count)
-    rows += scale_curves(pipe, args.count) + method_curves(pipe, args.count)
-    write(rows, args.out)
-    print(f"wrote {len(rows)} rows to {args.out}")
+    for job in args.only:
+        rows = [
+            [f"{one:.4g}" if isinstance(one, float) else str(one) for one in row] for row in JOBS[job](pipe, args.count)
+        ]
+        write(merged(read(args.out), rows, [job]), args.out)
+        print(f"{job}: {len(rows)} rows in {args.out}", flush=True)
 
 
 if __name__ == "__main__":

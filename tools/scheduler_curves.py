@@ -1,10 +1,12 @@
 """How near samplers come to the exact curve, and how right they draw: `python -m tools.scheduler_curves`.
 
 For both bundled models and growing numbers of evaluations, into notebooks/data/scheduler_curves.csv, which notebook 05
-plots. The error is the root mean square distance of the latents to those of 1,000 small steps from the same noise,
-beside the root mean square of the latter. A sampler that adds noise has no such curve, and so no error.
+plots; with `--only storybook-sd3` for that model alone, where the other's rows stay. The error is the root mean square
+distance of the latents to those of 1,000 small steps from the same noise, beside the root mean square of the latter. A
+sampler that adds noise has no such curve, and so no error.
 """
 
+import argparse
 import csv
 import os
 from pathlib import Path
@@ -99,10 +101,24 @@ def write(rows: list[dict], path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read(path: Path) -> list[dict]:
+    """The rows of a table that is there."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def main() -> None:
-    """Both models, then the file."""
-    with torch.no_grad():
-        write([row for name in SAMPLERS for row in measure(name)], PATH)
+    """One model after the other; the file is written after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=SAMPLERS, help="one of the two models")
+    args = parser.parse_args()
+    names = list(SAMPLERS)
+    for name in [args.only] if args.only else names:
+        with torch.no_grad():
+            rows = [row for row in read(PATH) if row["model"] != name] + measure(name)
+        write(sorted(rows, key=lambda row: names.index(row["model"])), PATH)
 
 
 if __name__ == "__main__":
