@@ -2,11 +2,11 @@
 
     python -m benchmarks.from_scratch
 
-Stable Diffusion 1.5 at full size with random weights. The three draw in turn, A B C A B C, in one process, so that
+Stable Diffusion 1.5 at full size with random weights. The three work in turn, A B C C B A, in one process, so that
 whatever else the machine does slows all; a ratio is the median of the rounds' ratios to diffusers, below 1 where
-from_scratch takes less. Loading time and peak memory are each measured in a process of its own. Prints Markdown. On two
-cores this takes about an hour and 16 GB of memory; --cuda measures the GPU alone, in minutes; --quick, at a hundredth
-of the size, shows only that it works.
+from_scratch takes less. Loading time and peak memory are each measured in a process of its own. Prints Markdown, each
+row when it is known, one call of the UNet at 512x512 first. On two cores this takes about an hour and 16 GB of memory;
+--cuda measures the GPU alone, in minutes; --quick, at a hundredth of the size, shows only that it works.
 """
 
 import argparse
@@ -42,11 +42,11 @@ def seconds(work: Callable) -> float:
 
 
 def in_turn(work: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every side in every round. The caller has warmed them up."""
+    """Seconds of every side in every round; every other round goes backwards. The caller has warmed them up."""
     found = {side: [] for side in work}
-    for _ in range(repeats):
-        for side, function in work.items():
-            found[side].append(seconds(function))
+    for n in range(repeats):
+        for side in list(work)[:: -1 if n % 2 else 1]:
+            found[side].append(seconds(work[side]))
     return found
 
 
@@ -54,7 +54,7 @@ def row(name: str, found: dict[str, list[float]], unit: str = "s") -> None:
     """The medians of all sides, and of the ratios to diffusers; a side that was not measured is left out."""
     cells = [f"{statistics.median(found[side]):.3g} {unit}" if side in found else "" for side in SIDES]
     for side in SIDES[:-1]:
-        ratios = [a / b for a, b in zip(found.get(side, []), found["diffusers"], strict=False)]
+        ratios = [a / b for a, b in zip(found[side], found["diffusers"], strict=True)] if side in found else []
         cells.append(f"{statistics.median(ratios):.2f}" if ratios else "")
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
@@ -192,7 +192,8 @@ def machine() -> str:
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__}"
-    return f"{cpu}, {torch.get_num_threads()} threads{gpu}{load}; Python {platform.python_version()}, {versions}"
+    day = time.strftime("%Y-%m-%d")
+    return f"{day}, {cpu}, {torch.get_num_threads()} threads{gpu}{load}; Python {platform.python_version()}, {versions}"
 
 
 def main() -> None:
@@ -221,11 +222,6 @@ def measure(folder: Path, quick: bool, cuda: bool, repeats: int) -> None:
     """All measurements, as a Markdown table; `cuda`: those of the GPU alone."""
     size = "512x512" if not quick else "quick"
     print(f"{machine()}\n\n| | {' | '.join(SIDES)} | plain / diffusers | fast / diffusers |\n|{'---|' * 6}", flush=True)
-    if not cuda:
-        loading, picture = in_children("load", folder, repeats), in_children("picture", folder, 1)
-        row("loading, float16 on disk, float32 in memory", {side: [run[0] for run in loading[side]] for side in SIDES})
-        row("its peak memory", {side: [run[1] for run in loading[side]] for side in SIDES}, "GiB")
-        row(f"peak memory of a picture, {size}", {side: [picture[side][0][1]] for side in SIDES}, "GiB")
     kinds = [] if cuda else [("cpu", torch.float32)]
     if torch.cuda.is_available():
         kinds += [("cuda", torch.float32), ("cuda", torch.float16), ("cuda", torch.bfloat16)]
@@ -237,6 +233,12 @@ def measure(folder: Path, quick: bool, cuda: bool, repeats: int) -> None:
         rounds = repeats if quick or device != "cpu" else 1  # each takes minutes
         found = in_turn({side: partial(function, steps) for side, function in draw.items()}, rounds)
         row(f"picture, {device}, {str(dtype).removeprefix('torch.')}, {size}, {steps} steps", found)
+        del draw
+    if not cuda:
+        loading, picture = in_children("load", folder, repeats), in_children("picture", folder, 1)
+        row("loading, float16 on disk, float32 in memory", {side: [run[0] for run in loading[side]] for side in SIDES})
+        row("its peak memory", {side: [run[1] for run in loading[side]] for side in SIDES}, "GiB")
+        row(f"peak memory of a picture, {size}", {side: [picture[side][0][1]] for side in SIDES}, "GiB")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 from benchmarks.models import parts, randomise
 from from_scratch import checkpoint, checkpoint_sd3, fast_cpu
 from from_scratch.files import Entry
+from from_scratch.mmdit import position_table
 
 TOLERANCE = 1e-5
 # How each part is made, and from which names; first those of 1.5, then those of 3.5.
@@ -106,6 +107,12 @@ def compare_transformer(mine: nn.Module, theirs: nn.Module, quick: bool) -> dict
         x, name = torch.randn(1, 16, height, width), f"MMDiT-X, {config.num_layers} blocks, {height}x{width} latents"
         expected = theirs(x, context, pooled, torch.tensor([t])).sample
         found[f"{name}, t = {t}"] = difference(mine(x, t, context, pooled), expected)
+    skip = [7, 8, 9] if config.num_layers > 9 else [0]
+    expected = theirs(x, context, pooled, torch.tensor([t]), skip_layers=skip).sample
+    found[f"{name}, without blocks {skip}"] = difference(mine(x, t, context, pooled, skip), expected)
+    side = config.pos_embed_max_size
+    table = position_table(theirs.inner_dim, side, config.sample_size // config.patch_size)
+    found[f"table of {side}x{side} places"] = difference(table, theirs.pos_embed.pos_embed)
     return found
 
 

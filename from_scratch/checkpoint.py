@@ -30,6 +30,9 @@ IGNORED = re.compile(
     r"^(model_ema\.|alphas_|betas$|sqrt_|log_|posterior_|lvlb_weights$|logvar$)|position_ids$|logit_scale$"
 )
 
+# How ComfyUI marks weights in eight bits that mean nothing without scales of their own: t5xxl_fp8_e4m3fn_scaled.
+SCALED = re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|comfy_quant)$")
+
 # What the configuration files must say, since the libraries would otherwise take another value or another model, ...
 REQUIRED = {
     "scheduler": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
@@ -229,6 +232,8 @@ def make_text_encoder(entries: Entries, settings: dict) -> CLIPTextEncoder:
 def fill(module: nn.Module, entries: Entries, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
     """Read every tensor into a module on the meta device. Raises ValueError if names, shapes or numbers differ."""
     wanted = module.state_dict()
+    if any(map(SCALED.search, entries)):
+        raise ValueError("it is scaled fp8, which only its own program can read; use the file in float16")
     wrong = [f"{name} is missing" for name in wanted if name not in entries]
     wrong += [f"{name} is unexpected" for name in entries if name not in wanted]
     if wrong:

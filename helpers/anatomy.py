@@ -1,4 +1,4 @@
-"""Pictures of what is inside a model: tables as heat maps, maps of words over a picture, the U of a UNet, shares.
+"""Pictures of what is inside a model: heat maps, maps of words over a picture, a UNet's U, two streams, shares.
 
 Every function returns a closed figure, which a cell shows once by ending with it.
 """
@@ -138,6 +138,43 @@ def u_shape(layers: Sequence[tuple[str, str, tuple[int, int, int]]]) -> Figure:
     axes.plot([], [], color="#b0413e", label="skip connection")
     axes.set(xlim=(-6 * gap, right), ylim=(-0.4 * unit, floor + height**0.5 + (RISE * len(inside) + 0.2) * unit / 4))
     figure.legend(loc="outside upper center", ncols=6, fontsize=9)
+    plt.close(figure)
+    return figure
+
+
+def two_streams(blocks: Sequence[tuple[tuple[int, int], tuple[int, int] | None, bool]]) -> Figure:
+    """An MMDiT from left to right: picture tokens above, text tokens below, a line between for each joint attention.
+
+    `blocks` has for each block in order: (N, C) of the picture tokens that it puts out, (M, C) of the text tokens or
+    None where the text ends, and whether the picture attends to itself once more. Raises ValueError for no blocks.
+    """
+    if not blocks:
+        raise ValueError("There are no blocks to draw: give at least one.")
+    figure, axes = plt.subplots(figsize=(11, 2.6), layout="constrained", dpi=80)
+    axes.set_axis_off()
+    seen = set()
+
+    def bar(left: int, bottom: float, kind: str, colour: str) -> None:
+        label = None if kind in seen else kind
+        seen.add(kind)
+        axes.bar(left, 0.8, 0.7, bottom=bottom, align="edge", color=colour, edgecolor="0.4", label=label)
+
+    for n, (_, text, dual) in enumerate(blocks):
+        axes.plot([n + 0.35] * 2, [0.8, 1.6], color="#b0413e", label=None if n else "joint attention")
+        if dual:
+            bar(n, 1.6, "picture, with an attention of its own", COLOURS[1])
+        else:
+            bar(n, 1.6, "picture", COLOURS[0])
+        if text is None:
+            bar(n, 0, "text, only read", COLOURS[3])
+        else:
+            bar(n, 0, "text", COLOURS[2])
+        axes.text(n + 0.35, 1.2, n, ha="center", va="center", fontsize=8, bbox={"fc": "white", "ec": "none", "pad": 1})
+    ends = (2.0, blocks[0][0]), (0.4, next((text for _, text, _ in blocks if text), (0, 0)))
+    for height, (tokens, channels) in ends:
+        axes.text(-0.2, height, f"{tokens:,} tokens\nof {channels:,}", ha="right", va="center", fontsize=9)
+    axes.set(xlim=(-0.12 * len(blocks) - 0.6, len(blocks)), ylim=(-0.1, 2.5))
+    figure.legend(loc="outside upper center", ncols=5, fontsize=9)
     plt.close(figure)
     return figure
 

@@ -2,8 +2,8 @@
 
 import operator
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -36,11 +36,19 @@ WITH_MASK = {
     "StableDiffusion3Pipeline": "StableDiffusion3InpaintPipeline",
 }
 
-_drawing = threading.RLock()  # a panel draws in a thread of its own, and a pipeline serves one run at a time
+drawing = threading.RLock()  # a panel draws in a thread of its own, and a pipeline serves one run at a time
+
+
+class _NotFinite(RuntimeError):
+    """NaN or infinity; `half` says whether float32 may be the remedy."""
+
+    def __init__(self, message: str, half: bool):
+        super().__init__(message)
+        self.half = half
 
 
 class _Stopped(Exception):
-    """Leaves the denoising loop early. `pipe._interrupt` would go on to decode the half-done noise."""
+    """Leaves the denoising loop early, and with it the pipeline, which would go on to decode the half-done noise."""
 
 
 def generate(
@@ -66,8 +74,9 @@ def generate(
     drew it in `image.info`: "settings" (filled in, its own seed) and "model".
 
     Where the GPU's memory runs full, a pipeline with a plan starts again under a smaller one, and a picture is
-    decoded in tiles; `say` is told so. If decoding fails all the same, the finished latents are in `pipe.kept_latents`
-    for `decode(pipe, pipe.kept_latents)`, and the steps need not be repeated. After a stop, and after an interrupt too,
+    decoded in tiles; where numbers outgrow float16, it is drawn again in float32, if there is room; `say` is told so.
+    If decoding fails all the same, the finished latents are in `pipe.kept_latents` for
+    `decode(pipe, pipe.kept_latents)`, and the steps need not be repeated. After a stop, and after an interrupt too,
     `partial(pipe)` gives the pictures as they were going to be.
 
     What the model will not see of the prompt is told to `say`, one sentence each (`notes`). Raises ValueError, one
@@ -82,10 +91,10 @@ def generate(
         say(sentence)
     bar = tqdm(total=settings.steps, leave=False, disable=not watched()) if on_step is None else None
     watch = _Watch(on_step, should_stop, bar)
-    with letting_go(), _drawing, one_run_with(pipe, settings.scheduler), silenced(pipe):
+    with letting_go(), drawing, one_run_with(pipe, settings.scheduler), silenced(pipe):
         pipe.kept_guess = None
         try:
-            latents = _with_less_memory(pipe, _Draw(pipe, settings, image, mask, watch), settings, say)
+            latents = _within_range(pipe, _Draw(pipe, settings, image, mask, watch), settings, say)
             pipe.kept_latents = latents  # until they are a picture
             pixels = decode(pipe, latents, say)
         except _Stopped:
@@ -109,7 +118,7 @@ def partial(pipe: diffusers.DiffusionPipeline, say: Callable[[str], None] = prin
     [] if that run ended, or was left before its first step was done. `image.info` has "stopped_after", the number of
     steps, beside "settings", which draw the whole picture. Raises RuntimeError as `decode` does.
     """
-    with letting_go(), _drawing:
+    with letting_go(), drawing:
         guess = getattr(pipe, "kept_guess", None)
         if guess is None:
             return []
@@ -143,6 +152,8 @@ def decode(
     """
     vae = pipe.vae
     scaled = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+    if not hasattr(pipe, "stage"):  # whose VAE takes any dtype, and may have another one when it comes
+        scaled = scaled.to(vae.dtype)
 
     def whole() -> torch.Tensor:
         return torch.cat([vae.decode(one, return_dict=False)[0] for one in scaled.split(1)])
@@ -157,7 +168,7 @@ def decode(
             "The memory is full while decoding: free some, then decode(pipe, pipe.kept_latents) makes the picture."
         )
     if not torch.isfinite(pixels).all() and pixels.dtype == torch.float16 and torch.isfinite(scaled).all():
-        with _in_float32(vae):
+        with _in_float32([*vae.parameters(), *vae.buffers()]):
             scaled = scaled.float()
             pixels = whole()
     _require_finite(pixels, "the decoded picture")  # before infinity becomes white
@@ -289,6 +300,8 @@ class _Draw:
             return {"prompt": texts[0], "negative_prompt": texts[1], "num_images_per_prompt": count}
         stage.prepare()
         found = stage.encode(*texts)
+        for one in found.values():
+            _require_finite(one, "the text encoder's output")
         self.stage = "denoise"
         return {name: one.repeat_interleave(count, dim=0) for name, one in found.items()}
 
@@ -383,6 +396,29 @@ def _fitted(picture: Image.Image, mode: str, size: tuple[int, int]) -> Image.Ima
     return picture if picture.size == size else ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
 
 
+def _within_range(pipe, draw: _Draw, settings: Settings, say: Callable[[str], None]) -> torch.Tensor:
+    """`draw()` with less memory if need be, and again in float32 if its numbers outgrow float16."""
+    try:
+        return _with_less_memory(pipe, draw, settings, say)
+    except _NotFinite as error:
+        wide = _denoising_in_float32(pipe, draw.stage) if error.half else None
+        if wide is None:
+            raise
+    say("Numbers outgrow float16, which ends at 65,504, so the picture is drawn again in float32, which takes longer.")
+    with wide:
+        return _with_less_memory(pipe, draw, settings, say)
+
+
+def _denoising_in_float32(pipe, stage: str) -> AbstractContextManager | None:
+    """For the time of one run; None where that is out of reach."""
+    if hasattr(pipe, "stage"):
+        return pipe.stage.in_float32() if stage == "denoise" and pipe.stage.has_room_for_float32() else None
+    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    tensors = [one for part in networks for one in (*part.parameters(), *part.buffers())]
+    # Without memory of their own they wait elsewhere, where diffusers copies them from layer by layer.
+    return None if any(one.is_meta for one in tensors) else _in_float32(tensors)
+
+
 def _with_less_memory(pipe, draw: _Draw, settings: Settings, say: Callable[[str], None]) -> torch.Tensor:
     """`draw()`, and again under smaller plans as long as the memory is full and the pipeline has one."""
     while True:
@@ -424,13 +460,16 @@ def _tiling(vae, latents: torch.Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _in_float32(vae) -> Iterator[None]:
-    own = vae.dtype
-    vae.to(torch.float32)
+def _in_float32(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Those that are in float16 are in float32 for a while; no number changes."""
+    half = [one for one in tensors if one.dtype == torch.float16]
     try:
+        for one in half:
+            one.data = one.data.float()
         yield
     finally:
-        vae.to(own)
+        for one in half:
+            one.data = one.data.half()
 
 
 def _require_finite(tensor: torch.Tensor, stage: str) -> None:
@@ -439,20 +478,22 @@ def _require_finite(tensor: torch.Tensor, stage: str) -> None:
         remedy = (
             "float16 ends at 65,504, the plan cpu computes in float32" if half else "lower the guidance, or load anew"
         )
-        raise RuntimeError(f"There are NaN or infinite numbers in {stage}: {remedy}.")
+        raise _NotFinite(f"There are NaN or infinite numbers in {stage}: {remedy}.", half)
 
 
 @contextmanager
 def silenced(pipe) -> Iterator[None]:
     """Silence the pipeline's own bar and warnings: `notes` has said what matters, and samplers print all they have."""
-    own = dict(getattr(pipe, "_progress_bar_config", {}))
+    own = vars(pipe).get("progress_bar")  # None: that of its class
     levels = (diffusers.utils.logging.get_verbosity(), transformers_logging.get_verbosity())
-    pipe.set_progress_bar_config(**{**own, "disable": True})
+    pipe.progress_bar = lambda iterable=None, total=None: tqdm(iterable, total=total, disable=True)
     diffusers.utils.logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        pipe.set_progress_bar_config(**own)
+        del pipe.progress_bar
+        if own is not None:
+            pipe.progress_bar = own
         diffusers.utils.logging.set_verbosity(levels[0])
         transformers_logging.set_verbosity(levels[1])

@@ -29,6 +29,7 @@ from helpers.loading.plan import STRATEGIES, T5, DoesNotFit, Plan, plans
 from helpers.loading.plan import plan as make_plan
 from helpers.loading.registry import MODELS as MODELS
 from helpers.loading.registry import ROOT, Model, find
+from helpers.loading.sizes import is_here
 from helpers.loading.sizes import parts as parts
 from helpers.loading.versions import as_before, dtype_keyword, no_bars, only_errors
 
@@ -38,14 +39,15 @@ WITHOUT_STAGES = ("resident", "model-offload", "cpu")  # the plans of a model wi
 _latest = lambda: None  # noqa: E731  # the pipeline with a plan that was loaded last, as a weak reference
 
 
-def choose(name: str) -> Model:
+def choose(name: str, vram_gib: float | None = None) -> Model:
     """The model of that name where it can run, else its bundled twin; prints one line that says which and why.
 
-    DIFFUSION_MODEL in the environment overrides both. Raises ValueError with the names if there is no such model.
+    `vram_gib` is what the page needs on a GPU, if that is more than the model does. DIFFUSION_MODEL in the environment
+    overrides all of it. Raises ValueError with the names if there is no such model.
     """
     forced = os.environ.get("DIFFUSION_MODEL", "").strip()
     model = find(forced or name)
-    budget = Budget.detect()
+    budget, needed = Budget.detect(), max(vram_gib or 0.0, model.vram_gib)
     if forced:
         print(f"{model.name}: because DIFFUSION_MODEL says so.")
     elif model.twin is None:
@@ -53,13 +55,14 @@ def choose(name: str) -> Model:
     elif budget.device == "cpu":
         print(f"{model.twin}: there is no GPU here, and {model.name} would take minutes a picture without one.")
         return find(model.twin)
-    elif budget.vram_gib < model.vram_gib:
-        print(f"{model.twin}: {model.name} needs {model.vram_gib} GiB of GPU memory, there are {budget.vram_gib:.1f}.")
+    elif budget.vram_gib < needed:
+        print(
+            f"{model.twin}: this needs {needed} GiB of GPU memory with {model.name}, there are {budget.vram_gib:.1f}."
+        )
         return find(model.twin)
     else:
-        print(
-            f"{model.name}: on {budget.device} with {budget.vram_gib:.1f} GiB; downloads {model.download_gb} GB once."
-        )
+        files = "its files are here already" if is_here(model) else f"the first load downloads {model.download_gb} GB"
+        print(f"{model.name}: on {budget.device} with {budget.vram_gib:.1f} GiB; {files}.")
     return model
 
 

@@ -25,10 +25,10 @@ class LiveMeter:
 
     In a notebook it is a line and a small picture that change in place, elsewhere a line of text. The picture is the
     model's guess of the finished one (`predicted_x0`; of a batch, all in rows) through `rgb`, the map of `fit_rgb`,
-    smoothly enlarged. The map is made at once, or at the first step where a plan lets the VAE come no sooner. It shows
-    so rarely that it costs at most 5 % of the time between steps; `share` says what it did cost. One meter may watch
-    any number of runs. `show(line, picture, last)` puts both elsewhere than below the cell; `last` is true at a run's
-    last step. `memory()` is what the line says of the memory: the most that was seen after any step of this run.
+    smoothly enlarged. The map is made at once, or at the first step where the VAE comes and goes. It shows so rarely
+    that it costs at most 5 % of the time between steps; `share` says what it did cost. One meter may watch any number
+    of runs. `show(line, picture, last)` puts both elsewhere than below the cell; `last` is true at a run's last step.
+    `memory()` is what the line says of the memory: the most that was seen after any step of this run.
     """
 
     def __init__(self, pipe: diffusers.DiffusionPipeline, show: Callable[[str, Image.Image, bool], None] | None = None):
@@ -40,14 +40,17 @@ class LiveMeter:
         self._show_elsewhere = show
         self._process = psutil.Process()
         self._ram = self._vram = 0  # bytes, the most so far
-        if not getattr(getattr(pipe, "stage", None), "encoders_leave", False):
-            self._prepare()
+        stage = getattr(pipe, "stage", None)
+        # Networks on the CPU beside a GPU may be offloaded ones: then the first latents tell where they compute.
+        later = pipe.device.type in ("cpu", "meta") and torch.accelerator.is_available()
+        if not (later if stage is None else stage.encoders_leave):
+            self._prepare(pipe.device if stage is None else stage.device)
 
     def __call__(self, step: int, steps: int, latents: torch.Tensor) -> None:
         now = time.perf_counter()
         if step == 1:
             if self.rgb is None:
-                self._prepare()
+                self._prepare(latents.device)
             self._start, self._spent = time.perf_counter(), 0.0
             self._show = self._show_elsewhere or _Display()
             self._ram = self._vram = 0
@@ -66,8 +69,8 @@ class LiveMeter:
             self._spent += self._cost
         self.share = self._spent / elapsed if elapsed else 0.0
 
-    def _prepare(self) -> None:
-        self.rgb = fit_rgb(self.pipe.vae, self.pipe._execution_device)
+    def _prepare(self, device: torch.device) -> None:
+        self.rgb = fit_rgb(self.pipe.vae, device)
         for _ in range(2):  # the first PNG of a process takes longer
             start = time.perf_counter()
             to_png(Image.new("RGB", (SHOWN, SHOWN)))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.anatomy import heatmaps, overlays, shares, u_shape
+from helpers.anatomy import heatmaps, overlays, shares, two_streams, u_shape
 
 SMALL_U = [
     ("conv_in", "convolution", (64, 16, 16)),
@@ -128,4 +128,28 @@ def test_what_cannot_be_drawn_is_one_sentence_and_leaves_no_figure(draw, sentenc
 def test_the_cell_shows_it_once():
     u_shape(SMALL_U), shares({"one": {"a": 1}}), heatmaps([torch.eye(2)], ["one"], "share", (0, 1))
     overlays(Image.new("RGB", (8, 8)), {"a": torch.eye(2)}, "share")
+    assert plt.get_fignums() == []
+
+
+STREAMS = [((64, 128), (30, 96), True), ((64, 128), (30, 96), False), ((64, 128), None, False)]
+
+
+def test_two_streams_have_a_bar_each_in_every_block():
+    axes = two_streams(STREAMS).axes[0]
+    places = sorted((bar.get_x(), bar.get_y()) for container in axes.containers for bar in container)
+    below, above = sorted({y for _, y in places})
+    assert places == [(n, y) for n in range(3) for y in (below, above)]
+    colours = {(b.get_x(), b.get_y()): b.get_facecolor() for container in axes.containers for b in container}
+    legend = {container.get_label(): container[0].get_facecolor() for container in axes.containers}
+    assert [colours[n, below] for n in range(3)] == [legend["text"]] * 2 + [legend["text, only read"]]
+    first, *others = (colours[n, above] for n in range(3))
+    assert first == legend["picture, with an attention of its own"] and others == [legend["picture"]] * 2
+    assert len({legend[kind] for kind in legend if not kind.startswith("_")}) == 4
+    assert [line.get_xdata()[0] for line in axes.lines] == pytest.approx([0.35, 1.35, 2.35])
+    assert {"64 tokens\nof 128", "30 tokens\nof 96"} <= {text.get_text() for text in axes.texts}
+
+
+def test_two_streams_of_no_blocks():
+    with pytest.raises(ValueError, match="no blocks to draw"):
+        two_streams([])
     assert plt.get_fignums() == []

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
 from huggingface_hub import constants
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
@@ -23,8 +24,8 @@ from helpers.loading import machine, sizes
 from helpers.loading.registry import MODELS, Model
 from helpers.login import AccessError, check_access
 from helpers.memory import Budget, DoesNotFit, plan, plans
-from helpers.panel import _sentence
 from helpers.pipelines import LoadError, choose, load, parts
+from helpers.runner import sentence
 
 PROMPT = "a red boat by the sea"
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -76,6 +77,21 @@ def lose_tensor(part: str, ending: str):
     return damage
 
 
+def scale(part: str):
+    """Weights in eight bits with scales of their own, as ComfyUI writes them."""
+
+    def damage(folder: Path) -> None:
+        file = next((folder / part).glob("*.safetensors"))
+        weights = load_file(file)
+        eight = {name: one.to(torch.float8_e4m3fn) if one.ndim == 2 else one for name, one in weights.items()}
+        scales = {
+            name.replace(".weight", ".scale_weight"): torch.ones(()) for name in weights if name.endswith(".weight")
+        }
+        save_file(eight | scales | {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, file)
+
+    return damage
+
+
 VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model")
 DAMAGE = [
     ("sd3", lose(*(f"tokenizer/{name}" for name in VOCABULARY)), "tokenizer/tokenizer.json is missing"),
@@ -89,6 +105,8 @@ DAMAGE = [
     ("sd15", lose_tensor("vae", "decoder.conv_out.bias"), "vae do not fit together"),
     ("sd15", lose_tensor("text_encoder", "q_proj.weight"), "text_encoder do not fit together"),
     ("sd15", lose_tensor("unet", "conv_in.weight"), "unet do not fit together"),
+    ("sd3", scale("text_encoder_3"), "text_encoder_3 are scaled fp8, not float16"),
+    ("sd15", scale("text_encoder"), "text_encoder are scaled fp8, not float16"),
     ("sd15", write("model_index.json", b"[]"), "model_index.json is damaged"),
     ("sd15", write("model_index.json", b"null"), "model_index.json is damaged"),
     ("sd15", write("model_index.json", b"\xff\xfe"), "model_index.json is damaged"),
@@ -266,7 +284,7 @@ SENTENCES = [
 
 @pytest.mark.parametrize(("error", "said"), SENTENCES, ids=[row[1] for row in SENTENCES])
 def test_the_panel_says_what_went_wrong(error, said):
-    assert _sentence(error).startswith(said) and _sentence(error).endswith(".")
+    assert sentence(error).startswith(said) and sentence(error).endswith(".")
 
 
 def test_four_bits_without_the_package(monkeypatch, folders):

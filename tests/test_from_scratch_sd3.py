@@ -225,6 +225,32 @@ def test_forms_of_a_folder(copy, sd, t5):
     assert same(made, sd)
 
 
+def eight_bits(weights: dict, prefix: str = "", scaled: bool = True) -> dict:
+    """The T5 among the weights as ComfyUI's t5xxl_fp8_e4m3fn files have it, or t5xxl_fp8_e4m3fn_scaled."""
+    names = [name for name, weight in weights.items() if name.startswith(prefix) and weight.ndim == 2]
+    made = weights | {name: weights[name].to(torch.float8_e4m3fn) for name in names}
+    if scaled:
+        made |= {name.replace(".weight", ".scale_weight"): torch.ones(()) for name in names if ".layer." in name}
+        made[f"{prefix}scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
+    return made
+
+
+def test_eight_bits_without_scales_are_numbers(copy, sd):
+    file = copy / "text_encoder_3" / "model.safetensors"
+    save_file(eight_bits(load_file(file), scaled=False), file)
+    mine, theirs = (one.text_encoders[2].blocks[0].to_q.weight for one in (from_scratch.load(copy), sd))
+    assert 0 < difference(mine, theirs) < 0.1
+
+
+def test_eight_bits_with_scales_are_refused(theirs, copy, tmp_path):
+    file, sentence = copy / "text_encoder_3" / "model.safetensors", "text_encoder_3 .* it is scaled fp8, .* in float16"
+    save_file(eight_bits(load_file(file)), file)
+    refused(copy, sentence)
+    refused(file, "nothing starts with 'model.diffusion_model.'")
+    save_file(eight_bits(random_sd3.original(theirs), "text_encoders.t5xxl.transformer."), tmp_path / "sd3.safetensors")
+    refused(tmp_path / "sd3.safetensors", sentence)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(folder, dtype):
     made = from_scratch.load(folder, dtype=dtype)

@@ -108,6 +108,20 @@ def test_on_step_sees_every_step(pipe, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_own_bar_of_a_pipeline_is_hidden_for_the_run_alone(sd3, capfd):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    sd3.set_progress_bar_config(desc="its own")
+    generate(sd3, Settings(PROMPT, steps=1), on_step=lambda *_: None)
+    with pytest.raises(ZeroDivisionError):
+        generate(sd3, Settings(PROMPT, steps=1), on_step=broken)
+    assert capfd.readouterr() == ("", "")
+    sd3(PROMPT, num_inference_steps=1, output_type="latent")
+    assert "its own" in capfd.readouterr().err
+    sd3.set_progress_bar_config()
+
+
 def test_stop_draws_nothing_and_the_next_run_is_whole(pipe):
     settings = Settings(PROMPT, steps=4, seed=3)
     before = generate(pipe, settings)[0]
@@ -227,6 +241,28 @@ def test_what_float16_cannot_hold_is_decoded_in_float32(pipe):
     assert not torch.isfinite(pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample).all()
     pixels = decode(pipe, latents)
     assert pixels.dtype == torch.float32 and torch.isfinite(pixels).all() and pipe.vae.dtype == torch.float16
+
+
+def test_what_float16_cannot_hold_is_drawn_again_in_float32(pipe):
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.fill_(6e4)  # the norm after it makes small numbers of the sums, if they are finite
+    ends, said = [], []
+
+    def draw():
+        generate(pipe, Settings(PROMPT, steps=2), on_step=lambda *seen: ends.append(seen[2]), say=said.append)
+
+    draw()
+    assert said == []
+    pipe.to(torch.float16)
+    draw()
+    assert len(said) == 1 and "so the picture is drawn again in float32" in said[0]
+    assert ends[-1].dtype == torch.float32 and torch.allclose(ends[-1], ends[len(ends) // 2 - 1], atol=0.01)
+    assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float16}
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match=r"the latents after step 1 of 3: lower the guidance, or load anew\.$"):
+        draw()
+    assert pipe.unet.dtype == torch.float16
 
 
 def test_sd15_starts_from_a_picture_as_the_library_does(pipe):

@@ -41,36 +41,31 @@ def load():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("example", range(3))
 def test_stock_diffusers_draws_the_examples(load, name, example):
-    """Judged on the thing, its colour and the setting, for four seeds of five at least."""
-    prompts = [pipelines.MODELS[name].examples[example]] * 25
+    """Judged on the thing, its colour and the setting, for four seeds of five at least; each seed another picture."""
+    prompts = [pipelines.MODELS[name].examples[example]] * 5
     images = draw(load(name), prompts, pipelines.MODELS[name].guidance)
     assert share(judge(images, prompts), "object", "colour", "setting") >= 0.8
+    first, second = (np.asarray(image, float) for image in images[:2])
+    assert np.sqrt(((first - second) ** 2).mean()) > 5  # of 255
 
 
 @pytest.mark.parametrize("prompt", STOCK_PROMPTS)
 @pytest.mark.parametrize("name", ["storybook-sd"])
 def test_the_prompt_alone_is_enough(load, name, prompt):
-    """Stock diffusers with no other argument, so at its own steps and guidance scale: right for 12 of 16 seeds."""
+    """Stock diffusers with no other argument, so at its own steps and guidance scale: right for 3 of 4 seeds."""
     pipe = load(name)
-    seeds = [torch.Generator().manual_seed(seed) for seed in range(16)]
-    images = pipe([prompt] * 16, generator=seeds).images
-    assert share(judge(images, [prompt] * 16), "object", "colour", "setting", "position") >= 0.75
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    images = pipe([prompt] * 4, generator=seeds).images
+    assert share(judge(images, [prompt] * 4), "object", "colour", "setting", "position") >= 0.75
 
 
 @pytest.mark.parametrize(("steps", "guidance"), [(20, 3.0), (25, 8.0)])
 def test_the_settings_that_people_try_draw_the_prompt(load, steps, guidance):
-    """The ends of what is usual, under the folder's own scheduler: right for 6 of 8 seeds."""
+    """The ends of what is usual, under the folder's own scheduler: right for 3 of 4 seeds."""
     pipe, prompt = load("storybook-sd"), "a red boat by the sea"
-    seeds = [torch.Generator().manual_seed(seed) for seed in range(8)]
-    images = pipe([prompt] * 8, num_inference_steps=steps, guidance_scale=guidance, generator=seeds).images
-    assert share(judge(images, [prompt] * 8), "object", "colour", "setting") >= 0.75
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_two_seeds_give_two_pictures(load, name):
-    guidance = pipelines.MODELS[name].guidance
-    first, second = (np.asarray(image, float) for image in draw(load(name), ["a red boat by the sea"] * 2, guidance))
-    assert np.sqrt(((first - second) ** 2).mean()) > 5  # of 255
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    images = pipe([prompt] * 4, num_inference_steps=steps, guidance_scale=guidance, generator=seeds).images
+    assert share(judge(images, [prompt] * 4), "object", "colour", "setting") >= 0.75
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -118,21 +113,23 @@ def can_be(share_stated: float, share_found: float, count: int) -> bool:
     return abs(share_found - share_stated) <= 3 * (share_stated * (1 - share_stated) / count) ** 0.5
 
 
-SEEN = ("one thing, pair seen in training", seen_prompts, ("object", "colour", "setting"))
-HELD_OUT = ("one thing, held-out pair", held_out_prompts, ("object", "colour", "setting"))
-TWO = ("two things", two_thing_prompts, ("object", "colour"))
+# Row, prompts, what counts, pictures: fewer where nearly all are right, which fewer can confirm.
+SEEN = ("one thing, pair seen in training", seen_prompts, ("object", "colour", "setting"), 24)
+HELD_OUT = ("one thing, held-out pair", held_out_prompts, ("object", "colour", "setting"), 24)
+TWO = ("two things", two_thing_prompts, ("object", "colour"), 32)
 
 
 def test_a_sample_rules_figures_out():
     assert can_be(0.95, 0.97, 32) and can_be(0.8, 0.66, 32) and can_be(1.0, 1.0, 32)
     assert not can_be(0.95, 0.75, 32) and not can_be(0.6, 0.9, 32) and not can_be(1.0, 0.97, 32)
+    assert not can_be(0.99, 22 / 24, 24) and not can_be(0.95, 19 / 24, 24) and not can_be(0.7, 1.0, 24)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("row", "prompts", "parts"), [SEEN, HELD_OUT, TWO])
-def test_the_card_can_be_believed(load, name, row, prompts, parts):
+@pytest.mark.parametrize(("row", "prompts", "parts", "count"), [SEEN, HELD_OUT, TWO])
+def test_the_card_can_be_believed(load, name, row, prompts, parts, count):
     """The first of the pictures that `storybook.evaluate` counts, drawn again: no better and no worse than stated."""
-    asked = prompts(32)
+    asked = prompts(count)
     table = judge(draw(load(name), asked, pipelines.MODELS[name].guidance), asked)
     assert can_be(stated(name, row), share(table, *parts), len(asked))
 
@@ -142,7 +139,7 @@ def test_storybook_sd3_draws_without_t5(load):
     pipe, guidance = load("storybook-sd3"), pipelines.MODELS["storybook-sd3"].guidance
     without = type(pipe)(**{**pipe.components, "text_encoder_3": None, "tokenizer_3": None})
     without.set_progress_bar_config(disable=True)
-    asked = seen_prompts(32)
+    asked = seen_prompts(24)
     images = draw(without, asked, guidance)
     found = share(judge(images, asked), *SEEN[2])
     assert can_be(stated("storybook-sd3", f"without T5: {SEEN[0]}"), found, len(asked))

@@ -316,7 +316,7 @@ def machine(monkeypatch, device, vram):
     ("device", "vram", "name", "why"),
     [
         ("cpu", 0.0, "storybook-sd", "there is no GPU here"),
-        ("cuda", 2.0, "storybook-sd", "needs 3.5 GiB of GPU memory, there are 2.0"),
+        ("cuda", 2.0, "storybook-sd", "needs 3.5 GiB of GPU memory with sd15, there are 2.0"),
         ("cuda", 14.7, "sd15", "on cuda with 14.7 GiB"),
         ("mps", 10.0, "sd15", "on mps"),
     ],
@@ -329,6 +329,20 @@ def test_choose(monkeypatch, capsys, device, vram, name, why):
     assert choose("storybook-sd") is MODELS["storybook-sd"]
 
 
+def test_choose_says_whether_anything_is_downloaded(hub, monkeypatch, capsys):
+    def said() -> str:
+        with monkeypatch.context() as patch:
+            machine(patch, "cuda", 14.7)
+            choose("sd15")
+        return capsys.readouterr().out
+
+    assert said() == "sd15: on cuda with 14.7 GiB; the first load downloads 2.2 GB.\n"
+    load("sd15")
+    assert said() == "sd15: on cuda with 14.7 GiB; its files are here already.\n"
+    next((pipelines.Path(constants.HF_HUB_CACHE)).rglob(UNET)).unlink()
+    assert said().endswith("; the first load downloads 2.2 GB.\n")
+
+
 def test_choose_the_flagship(monkeypatch, capsys):
     for device, vram, name in (
         ("cuda", 14.75, "sd35-medium"),
@@ -337,7 +351,7 @@ def test_choose_the_flagship(monkeypatch, capsys):
     ):
         machine(monkeypatch, device, vram)
         assert choose("sd35-medium") is MODELS[name]
-    assert "needs 5.5 GiB of GPU memory, there are 4.0" in capsys.readouterr().out
+    assert "needs 5.5 GiB of GPU memory with sd35-medium, there are 4.0" in capsys.readouterr().out
 
 
 def test_the_environment_overrides(monkeypatch, capsys):

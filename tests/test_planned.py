@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hub import Hub
 from huggingface_hub import constants
 from PIL import Image
 from rehearsal.checkpoint import write
+from safetensors.torch import load_file, save_file
 
 from helpers.generate import Settings, decode, generate
 from helpers.loading import sd3, sizes
@@ -432,6 +434,48 @@ def test_numbers_that_are_not_finite_name_the_stage(model):
         pipe.transformer.proj_out.bias.fill_(float("nan"))
     with pytest.raises(RuntimeError, match="the latents after step 1 of 2"):
         draw(pipe)
+
+
+@pytest.fixture
+def beyond_float16(model, folder, tmp_path):
+    """A model whose transformer adds and subtracts 6e4: the norm after it makes small numbers, if all are finite."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"pos_embed.proj.weight": 6e4 * weights["pos_embed.proj.weight"].sign()}, file)
+    return replace(model, folder=str(copy))
+
+
+@pytest.mark.parametrize("name", ["staged", "resident"])
+def test_what_float16_cannot_hold_is_denoised_in_float32(beyond_float16, monkeypatch, name):
+    expected, said = draw(load(beyond_float16, "staged")), []
+    pipe = load(beyond_float16, small(beyond_float16, name))
+    (drawn,) = generate(pipe, Settings(PROMPT), say=said.append)
+    assert len(said) == 1 and "so the picture is drawn again in float32" in said[0]
+    assert np.abs(np.asarray(drawn, dtype=int) - expected).max() <= 8
+    assert pipe.stage.networks["transformer"].plan is pipe.plan and pipe.plan.dtype == "float16"
+    monkeypatch.setattr(Budget, "detect", classmethod(lambda cls: Budget("cpu", 0.0, 1e-6, None, 50.0)))
+    with pytest.raises(RuntimeError, match="latents after step 1 of 2: float16 ends at 65,504, the plan cpu"):
+        draw(pipe)
+
+
+def test_an_encoder_is_not_tried_again_in_float32(model):
+    pipe, said = load(model, small(model, "resident")), []
+    pipe.text_encoder.text_projection.weight.data.fill_(float("inf"))
+    with pytest.raises(RuntimeError, match="the text encoder's output: float16 ends"):
+        generate(pipe, Settings(PROMPT), say=said.append)
+    assert said == []
+
+
+def test_where_there_is_room_for_float32(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for gib, name, room in [(14.75, "staged", True), (8.0, "staged", False), (14.75, "model-offload", False)]:
+        card = Budget("cuda", gib, 12.7, (7, 5), 50.0)
+        monkeypatch.setattr(Budget, "detect", classmethod(lambda cls, card=card: card))
+        found = plans("sd35-medium", card)[name]
+        stage = types.SimpleNamespace(plan=found, offload=found.strategy.offload, device=torch.device("cuda"))
+        stage.networks = {"transformer": types.SimpleNamespace(module=None)}
+        assert sd3.Stage.has_room_for_float32(stage) == room
 
 
 def test_stop_under_a_staged_plan(model):

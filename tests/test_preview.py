@@ -142,13 +142,21 @@ def test_the_meter_in_plain_python(sd15, capsys):
     assert capsys.readouterr().out.startswith("step 1 of 1, RAM")
 
 
-def test_the_meter_computes_where_the_pipeline_does(sd15, monkeypatch):
-    """Where a VAE is offloaded, its own device is another one."""
+def test_the_meter_computes_where_the_pipeline_does(sd15, sd3_model, monkeypatch):
+    """Where a VAE is offloaded, its own device is another one: the first latents tell, or the plan."""
     seen = []
-    monkeypatch.setattr(preview, "fit_rgb", lambda vae, device: seen.append(device))
-    monkeypatch.setattr(type(sd15), "_execution_device", torch.device("meta"))
+    monkeypatch.setattr(preview, "fit_rgb", lambda vae, device: seen.append(device.type))
+    monkeypatch.setattr(LiveMeter, "_picture", lambda meter: None)
     LiveMeter(sd15)
-    assert seen == [torch.device("meta")]
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    meter = LiveMeter(sd15, show=lambda *_: None)
+    assert seen == ["cpu"]
+    meter(1, 2, torch.empty(1, 4, 8, 8, device="meta"))
+    assert seen == ["cpu", "meta"]
+    pipe = load(sd3_model, "resident")
+    pipe.stage.device = torch.device("meta")
+    LiveMeter(pipe)
+    assert seen == ["cpu", "meta", "meta"]
 
 
 @pytest.mark.parametrize(("ram", "leaves"), [(8.0, False), (0.3, True)])

@@ -1,6 +1,7 @@
 """Where a model's files are: in the repository, in the Hub client's cache or on the Hub; and whether they are whole."""
 
 import json
+import re
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -28,6 +29,9 @@ CONFIG_FILES = {
     "Processor": "preprocessor_config.json",
 }
 
+
+# How ComfyUI marks weights in eight bits that mean nothing without scales of their own: t5xxl_fp8_e4m3fn_scaled.
+SCALED = re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|comfy_quant)$")
 
 # A tokenizer's words are in one of these sets of files.
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
@@ -166,6 +170,9 @@ def _check_tensors(model: Model, folder: Path, part: str, kind: list[str], confi
     names = [file.relative_to(folder).as_posix() for file in (folder / part).glob("*.safetensors")]
     files = weight_files(names, model.variant).get(part, [])
     tensors = {name: shape for file in files for name, _, shape in read_header(folder / file)}
+    if any(map(SCALED.search, tensors)):  # else it would be drawn with, without the scales
+        where = name_of(folder / part)
+        raise LoadError(f"The weights in {where} are scaled fp8, not float16: {repair(model, folder)}.")
     there = Counter(prod(shape) for name, shape in tensors.items() if not name.endswith("position_ids"))
     cls = getattr({"diffusers": diffusers, "transformers": transformers}[kind[0]], kind[1])
     try:

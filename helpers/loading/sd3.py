@@ -7,6 +7,7 @@ may be used in every way that diffusers knows, with its classes for other tasks 
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from itertools import chain
@@ -21,8 +22,8 @@ from diffusers.hooks import HookRegistry
 from safetensors import safe_open
 from tqdm.auto import tqdm
 
-from helpers.loading.machine import Budget, free, letting_go
-from helpers.loading.plan import T5, Plan, next_plan
+from helpers.loading.machine import GIB, Budget, free, letting_go
+from helpers.loading.plan import CONTEXT_GIB, T5, Plan, next_plan
 from helpers.loading.registry import Model
 from helpers.loading.sizes import weight_files
 from helpers.loading.versions import no_bars, watched
@@ -326,6 +327,27 @@ class Stage:
         self.encode.forget()
         self.attach()
         return sentence
+
+    def has_room_for_float32(self) -> bool:
+        """Whether the transformer can be in float32 while it denoises. What diffusers offloads cannot."""
+        if self.plan.dtype == "float32" or self.offload is not None:
+            return False
+        budget, network = Budget.detect(), self.networks["transformer"].module
+        if self.device.type == "cpu":
+            return sum(one.numel() for one in network.parameters()) * 4 / GIB <= budget.ram_gib
+        return 2 * self.plan.stages["denoise"] + CONTEXT_GIB <= budget.vram_gib
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """For a while the transformer comes in float32. The encoders do not: T5 alone would take 17.7 GiB."""
+        network = self.networks["transformer"]
+        self.leave("transformer")
+        network.plan = replace(self.plan, dtype="float32")
+        try:
+            yield
+        finally:
+            self.leave("transformer")
+            network.plan = self.plan  # which may be a smaller one by now
 
     def _offload(self) -> None:
         if all(network.here for name, network in self.networks.items() if name in CORE):

@@ -81,9 +81,7 @@ def parts(model: Model) -> tuple[dict[str, Part], str]:
     Looked for in the model's folder or the Hub client's cache, then on the Hub, then in KNOWN. Raises ValueError, one
     sentence, if the model is in none of them.
     """
-    folder = ROOT / model.folder if model.folder is not None else cached(model.hub_id)
-    found = _in_folder(folder, model.variant) if folder is not None else {}
-    if found and {name for name in _expected(folder) if name not in model.without} <= set(found):
+    if found := _here(model):
         return found, FROM_FILES
     if model.hub_id is not None and HUB.answers():
         try:
@@ -93,6 +91,11 @@ def parts(model: Model) -> tuple[dict[str, Part], str]:
     if model.name not in KNOWN:
         raise ValueError(f"The sizes of {model.name} are not known: its files are not here and cannot be asked for.")
     return KNOWN[model.name], "taken from a table, since the files are not here and the Hub could not be asked"
+
+
+def is_here(model: Model) -> bool:
+    """Whether the weights are in the repository or in the Hub client's cache, so that loading downloads nothing."""
+    return bool(_here(model))
 
 
 def measure(tensors: Tensors) -> Part:
@@ -147,6 +150,15 @@ def cached(repo_id: str) -> Path | None:
     """The folder in the Hub client's cache, which may hold some of the repository's files only, or None."""
     index = huggingface_hub.try_to_load_from_cache(repo_id, "model_index.json")
     return Path(index).parent if isinstance(index, str) else None
+
+
+def _here(model: Model) -> dict[str, Part]:
+    """The networks by name, if the files of all are on this machine; else {}."""
+    folder = ROOT / model.folder if model.folder is not None else cached(model.hub_id)
+    if folder is None:
+        return {}
+    found = _in_folder(folder, model.variant)
+    return found if {name for name in _expected(folder) if name not in model.without} <= set(found) else {}
 
 
 def _in_folder(folder: Path, variant: str | None) -> dict[str, Part]:
