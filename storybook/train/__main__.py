@@ -27,9 +27,9 @@ def train_all(size: list[str], more: list[str]) -> None:
 
 # storybook-sd3 has its own autoencoder, with more channels, and a second CLIP, which stays in outputs/: the
 # pipeline's folder has the text half.
-SD3_VAE = ["--name", "vae-16", "--out", str(sd3.OUT / "vae"), "--latent-channels", "16", "--steps", "2000"]
+SD3_VAE = ["--name", "vae-16", "--out", str(sd3.OUT / "vae"), "--latent-channels", "16"]
 SD3_VAE += ["--widths", "24", "48", "48", "64"]
-SECOND_CLIP = ["--name", "clip-2", "--out", str(sd3.SECOND_CLIP), "--width", "48", "--steps", "500"]
+SECOND_CLIP = ["--name", "clip-2", "--out", str(sd3.SECOND_CLIP), "--width", "48", "--steps", "350"]
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 from storybook import world
 from storybook.train import data
-from storybook.train.loop import Schedule, keep_log, train
 from storybook.world import COLOURS, KINDS, POSITIONS, RELATIONS, SETTINGS, Scene
+from training.loop import Schedule, keep_log, train
 
 MAX_TOKENS = 32  # the longest caption takes 23; SD1.5 has 77
 OUT = Path("models/storybook-clip")
@@ -121,8 +121,8 @@ class ClipObjective(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(width, len(options)) for options in ANSWERS.values())
 
     def forward(self, images, token_ids, answers):
-        """images (B, 3, H, W) in [-1, 1]; token_ids (3 B, T): B captions, B misplaced, B recoloured; answers (B, 7)."""
-        out = self.clip(input_ids=token_ids, pixel_values=images)
+        """images (B, 3, H, W) in [-1, 1]; token_ids (B, 3, T): caption, misplaced, recoloured; answers (B, 7)."""
+        out = self.clip(input_ids=token_ids.transpose(0, 1).flatten(0, 1), pixel_values=images)
         logits = out.logits_per_image.float()  # (B, 3 B)
         count = len(images)
         own = torch.arange(count, device=logits.device)
@@ -168,7 +168,8 @@ def main(argv=None) -> None:
         texts = data.captions(shown, seed) + data.captions([misplaced(scene, rng) for scene in shown], seed)
         texts += data.captions([recoloured(scene, rng) for scene in shown], seed)
         answers = torch.tensor([said(scene) for scene in shown])
-        return data.to_tensor(images[indices.numpy()]), tokenize(tokenizer, texts), answers
+        token_ids = tokenize(tokenizer, texts).unflatten(0, (3, -1)).transpose(0, 1)
+        return data.to_tensor(images[indices.numpy()]), token_ids, answers
 
     schedule = Schedule(args.steps, args.batch_size, 1e-3, weight_decay=0.05)
     run = train(args.name, ClipObjective(clip), clip, make_batch, args.pictures, schedule)

@@ -15,8 +15,8 @@ from torch import nn
 
 from storybook.judge import ARRANGEMENTS, COLOUR_NAMES, HEADS, KIND_NAMES, SIDE, WEIGHTS, Judge, judge, slots
 from storybook.train import data
-from storybook.train.loop import Schedule, keep_log, train
 from storybook.world import COLOURS, SETTINGS, Scene, caption, complete, random_scene, render
+from training.loop import Schedule, keep_log, train
 
 
 def judged_scene(index: int, split: str = "judge") -> tuple[Scene, random.Random]:

@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from storybook.sample import glance
 from storybook.train import clip, data
-from storybook.train.loop import RUNS, Schedule, choose_attention_kernel, keep_log, make_accelerator, train
+from training.loop import RUNS, Schedule, choose_attention_kernel, keep_log, make_accelerator, train
 
 OUT = Path("models/storybook-sd")
 MIN_SNR_GAMMA = 5.0

@@ -1,10 +1,10 @@
 """Train storybook-sd3: a transformer that predicts the velocity from picture to noise (Esser et al., 2024).
 
 A latent x moves to noise on a straight line, (1 - sigma) x + sigma noise, and the transformer learns
-noise - x there. Sigmas are logit-normal: the middle of the line, where it is decided what the
-picture shows, comes more often than its ends. The two CLIP encoders are frozen. T5 was far too large
-to learn along in the original; this one is small and does. It is silenced in some examples, so that
-the pipeline draws without it too.
+noise - x there. Sigmas are logit-normal, moved towards noise as Stable Diffusion 3 does it for more
+pixels: the part of the line where it is decided what the picture shows comes more often than its
+ends. The two CLIP encoders are frozen. T5 was far too large to learn along in the original; this one
+is small and does. It is silenced in some examples, so that the pipeline draws without it too.
 """
 
 import argparse
@@ -23,11 +23,12 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T
 from storybook import world
 from storybook.sample import glance
 from storybook.train import clip, data
-from storybook.train.loop import RUNS, Schedule, choose_attention_kernel, keep_log, make_accelerator, train
 from storybook.train.sd import cached_latents
+from training.loop import RUNS, Schedule, choose_attention_kernel, keep_log, make_accelerator, train
 
 OUT = Path("models/storybook-sd3")
 SECOND_CLIP = RUNS / "clip-2" / "model"
+SHIFT = 2.0  # four times the numbers of the latents at 64 pixels, for which 1 was right: the square root of that
 SILENT_T5 = 0.25  # share of examples
 # The pipeline pads T5's tokens to 256 and masks none of them. A network that only ever saw 32 would be
 # lost among so many, and 256 in every step would take five times as long.
@@ -98,9 +99,13 @@ class FlowMatching(nn.Module):
 
 
 def logit_normal(count: int, generator: torch.Generator) -> torch.Tensor:
-    """`count` sigmas in 0..1, the sigmoid of a unit Gaussian, one from each of `count` slices of equal probability."""
+    """`count` sigmas in 0..1: the sigmoid of a unit Gaussian, one from each of `count` slices of equal probability.
+
+    They are then shifted (Esser et al., 2024, equation 23).
+    """
     slices = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    return torch.sigmoid(torch.special.ndtri(slices.clamp(1e-4, 1 - 1e-4)))
+    middle = torch.sigmoid(torch.special.ndtri(slices.clamp(1e-4, 1 - 1e-4)))
+    return SHIFT * middle / (1 + (SHIFT - 1) * middle)
 
 
 def assemble(transformer, clips, t5, vae, tokenizer, t5_tokenizer) -> StableDiffusion3Pipeline:
@@ -127,14 +132,30 @@ def export(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
         clip.save_half(getattr(pipeline, name), folder / name)
 
 
+def go_on_from(folder: Path, transformer: SD3Transformer2DModel, t5: T5EncoderModel) -> None:
+    """Start with the weights in `folder`, those of a model for half the pixels with patches of half the side.
+
+    Each of its patches becomes four positions: the layer that reads them takes their mean, times two so that noise
+    keeps its variance, and the one that predicts gives all four the same.
+    """
+    weights = SD3Transformer2DModel.from_pretrained(folder / "transformer").state_dict()
+    weights["pos_embed.proj.weight"] = weights["pos_embed.proj.weight"].repeat(1, 1, 2, 2) / 2
+    for name in ("proj_out.weight", "proj_out.bias"):
+        weights[name] = weights[name].repeat(4, *[1] * (weights[name].ndim - 1))
+    weights["pos_embed.pos_embed"] = transformer.pos_embed.pos_embed
+    transformer.load_state_dict(weights)
+    t5.load_state_dict(T5EncoderModel.from_pretrained(folder / "text_encoder_3").state_dict())
+
+
 def main(argv=None) -> None:
     """Train and write models/storybook-sd3 (needs its vae folder, models/storybook-clip and a second CLIP)."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--pictures", type=int, default=30_000)
+    parser.add_argument("--pictures", type=int, default=24_000)
     parser.add_argument("--steps", type=int, default=12_000)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--go-on-from", type=Path, help="a folder to start with, for half the pixels")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     choose_attention_kernel()
@@ -149,6 +170,8 @@ def main(argv=None) -> None:
     size = vae.config.sample_size
     pooled_width = sum(encoder.config.projection_dim for encoder in clips)
     transformer = new_transformer(size // 8, context_width, pooled_width)
+    if args.go_on_from:
+        go_on_from(args.go_on_from, transformer, t5)
     scenes = data.scenes("train", args.pictures)
     by_things = data.by_things(scenes)
     latents = cached_latents(vae, data.pictures("train", args.pictures, size), make_accelerator())
@@ -173,7 +196,7 @@ def main(argv=None) -> None:
     def sample(step):
         glance(pipeline(), RUNS / "sd3" / f"samples-{step:06d}.png")
 
-    schedule = Schedule(args.steps, args.batch_size, args.learning_rate, warmup=200, ema_decay=0.9995, save_every=500)
+    schedule = Schedule(args.steps, args.batch_size, args.learning_rate, warmup=200, ema_decay=0.9995, save_every=1000)
     objective = FlowMatching(transformer, clips, t5)
     run = train("sd3", objective, objective.learned, make_batch, len(by_things), schedule, sample)
     export(pipeline(), args.out)

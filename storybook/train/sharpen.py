@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn.utils.parametrizations import spectral_norm
 
 from storybook.train import data, vae
-from storybook.train.loop import RUNS, Schedule, keep_log, train
+from training.loop import RUNS, Schedule, keep_log, train
 
 ADVERSARIAL_SHARE = 0.4  # of the discriminator's gradient on the pixels, beside that of the squared error
 MOST_NOISE = 0.15  # in latents of unit variance

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from storybook.train import data
-from storybook.train.loop import RUNS, Schedule, keep_log, train
+from training.loop import RUNS, Schedule, keep_log, train
 
 # Nats are cheap: this weight keeps the noise that the posterior adds to a picture near
 # KL_WEIGHT / 2 of squared error, far below the reconstruction error itself.

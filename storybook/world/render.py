@@ -127,14 +127,15 @@ def _draw_thing(image: Image.Image, placed: _Placed, light: tuple) -> Image.Imag
     return silhouette
 
 
-def render(scene: Scene, rng: random.Random, size: int = 128) -> Image.Image:
+def render(scene: Scene, rng: random.Random, size: int = 128, design: list | None = None) -> Image.Image:
     """Draw `scene` as an RGB picture of `size` x `size` pixels, 8 to 4096.
 
     `rng` decides the variations and whatever the scene leaves unsaid: the same scene and the same
-    state of `rng` give the same picture. Raises ValueError, in one sentence, for another size and for
+    state of `rng` give the same picture. `design`, polygons as in `KINDS`, takes the place of the things'
+    own. Raises ValueError, in one sentence, for another size and for
     a scene of other things than this world has.
     """
-    return render_with_masks(scene, rng, size)[0]
+    return render_with_masks(scene, rng, size, design)[0]
 
 
 def masks(scene: Scene, rng: random.Random, size: int = 128) -> list[np.ndarray]:
@@ -146,7 +147,9 @@ def masks(scene: Scene, rng: random.Random, size: int = 128) -> list[np.ndarray]
     return render_with_masks(scene, rng, size)[1]
 
 
-def render_with_masks(scene: Scene, rng: random.Random, size: int = 128) -> tuple[Image.Image, list[np.ndarray]]:
+def render_with_masks(
+    scene: Scene, rng: random.Random, size: int = 128, design: list | None = None
+) -> tuple[Image.Image, list[np.ndarray]]:
     """What `render` and `masks` return, from one drawing."""
     try:
         size = operator.index(size)  # numpy has whole numbers of its own
@@ -155,7 +158,7 @@ def render_with_masks(scene: Scene, rng: random.Random, size: int = 128) -> tupl
     if not 8 <= size <= LARGEST:
         raise ValueError(f"A picture is 8 to {LARGEST} pixels wide; {size} was asked for.")
     scene = complete(scene, rng)
-    placed = _place(scene, rng)
+    placed = [replace(one, polygons=design) if design else one for one in _place(scene, rng)]
     canvas, light = draw_backdrop(scene.setting, rng, 2 * size)  # drawn at twice the size, then averaged
     for thing in placed:
         if thing.thing.kind not in FLOATING and not (scene.relation == "above" and thing is placed[0]):
