@@ -27,17 +27,20 @@ $(shell for env in .venv .venv-colab; do test -x $$env/bin/python || rm -f $$env
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# Two workers, each notebook on one of them. A kernel may take minutes to start where much else is running.
-PYTEST := -m pytest -q -n 2 --dist loadfile
-NBVAL := $(PYTEST) --durations 5 --nbval-lax --nbval-current-env --nbval-cell-timeout 300 \
+# Two workers. Whichever has no unit test left takes some of the other's; each notebook stays on one of them. A kernel
+# may take minutes to start where much else is running.
+PYTEST := -m pytest -q -n 2
+UNIT := $(PYTEST) --dist worksteal
+NBVAL := $(PYTEST) --dist loadfile --durations 5 --nbval-lax --nbval-current-env --nbval-cell-timeout 300 \
 	--nbval-kernel-startup-timeout 300 notebooks
 # As on a machine with no GPU and no network.
 ALONE := CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1
 
 .PHONY: lab test test-colab test-gpu test-browser train evaluate badges clean distclean
 
+# JupyterLab's question whether you want its news is answered in tools/jupyter: no, unless your own settings say yes.
 lab: $(STAMP)
-	$(PY) -m jupyterlab $(AS_ROOT) notebooks/00_start_here.ipynb
+	JUPYTER_CONFIG_PATH="$(CURDIR)/tools/jupyter" $(PY) -m jupyterlab $(AS_ROOT) notebooks/00_start_here.ipynb
 
 # One thread for each worker.
 test test-colab: export OMP_NUM_THREADS := 1
@@ -45,14 +48,14 @@ test test-colab: export OMP_NUM_THREADS := 1
 test: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) $(PYTEST)
+	$(PY) $(UNIT)
 	$(ALONE) $(PY) $(NBVAL)
 
 # google.colab is a stand-in, which pytest and every kernel import before anything else, as Colab's kernels do.
 test-colab: export PYTHONPATH := $(CURDIR)/tests/colab
 test-colab: export PYTHONSTARTUP := $(CURDIR)/tests/colab/startup.py
 test-colab: $(COLAB_STAMP)
-	$(COLAB_PY) $(PYTEST) -p google.colab
+	$(COLAB_PY) $(UNIT) -p google.colab
 	$(ALONE) $(COLAB_PY) $(NBVAL)
 
 test-gpu: $(STAMP)

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -163,8 +164,15 @@ def child(task: str, side: str, folder: Path) -> None:
     else:
         taken = 0.0
         drawer(folder, "cpu", torch.float32, side)(2)
-    unit = 2**30 if platform.system() == "Darwin" else 2**20
-    print(json.dumps([taken, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit]))
+    print(json.dumps([taken, peak()]))
+
+
+def peak() -> float:
+    """The most memory that this process has had, in GiB. Linux says so itself: getrusage counts the parent's there."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if platform.system() == "Darwin" else 2**20)
 
 
 def in_children(task: str, folder: Path, repeats: int) -> dict[str, list[list[float]]]:

@@ -4,9 +4,10 @@ Draws the same picture with `LiveMeter` and with an `on_step` that does nothing,
 time between steps that the meter says it took, beside the ratio of the two whole runs, which also holds what it cannot
 time itself. The meter runs as in a notebook: it makes PNG files, and a display that takes them.
 
-Last run, 2026-11-21, one thread of two x86-64 cores that were busy with other work, torch 2.13: storybook-sd 3.7 % of
-the steps' time (at most 3.8 % in seven runs; whole runs x 1.04; R2 0.68), storybook-sd3 3.3 % (at most 3.6 %; x 1.04;
-R2 0.80); an update takes 1 ms. A larger model has longer steps, and so room for more of them. Not measured on a GPU.
+Last run, 2026-11-22, one thread of two x86-64 cores that were busy with other work, torch 2.13: storybook-sd 3.7 % of
+the steps' time (at most 3.9 % in seven runs; whole runs x 1.13; R2 0.81), storybook-sd3, then still of 64 pixels, 3.7 %
+(at most 3.7 %; x 1.02; R2 0.80); an update takes 3 ms. A larger model has longer steps, and so room for more of
+them. Not measured on a GPU.
 """
 
 import platform

@@ -15,9 +15,10 @@ from helpers.generate import FROM_IMAGE, STRENGTH, Settings, own_size, resolve, 
 from helpers.images import opened
 from helpers.preview import to_png
 from helpers.prompts import T5_TOKENS, notes
+from helpers.runner import short
 
-LONGEST = 300  # characters of a sentence that is shown
 MANY = 8  # pictures at once
+LABEL = 110  # pixels, so that the controls stand in columns
 
 
 class Controls:
@@ -30,30 +31,28 @@ class Controls:
         self.pipe = pipe
         self.start: Image.Image | None = None  # what pictures start from
         self._default = settings
-        # Typing is counted in one thread while another one draws, and a tokenizer serves one at a time.
-        parts = {name: getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_3")}
-        self._reader = SimpleNamespace(**{name: copy.deepcopy(part) for name, part in parts.items()})
+        self._reader = reader(pipe)
 
-        self.prompt, self.prompt_note = _text("Prompt", "What the picture should show"), widgets.HTML()
-        self.negative_prompt, self.negative_note = _text("Not wanted", "What it should not show"), widgets.HTML()
+        self.prompt, self.prompt_note = text_area("Prompt", "What the picture should show"), widgets.HTML()
+        self.negative_prompt, self.negative_note = text_area("Not wanted", "What it should not show"), widgets.HTML()
         self.negative_prompt.rows = 1
         model = getattr(pipe, "model", None)
         self.examples = widgets.Dropdown(
-            options=[("choose one", None), *((text, text) for text in (model.examples if model else ()))],
+            options=[("choose one", ""), *((text, text) for text in (model.examples if model else ()))],
             description="Examples",
-            **_look(full=True),
+            **look(full=True),
         )
-        self.steps = widgets.IntSlider(description="Steps", min=1, max=50, continuous_update=False, **_look())
+        self.steps = widgets.IntSlider(description="Steps", min=1, max=50, continuous_update=False, **look())
         self.guidance = widgets.FloatSlider(
-            description="Guidance scale", min=0, max=15, step=0.5, continuous_update=False, **_look()
+            description="Guidance scale", min=0, max=15, step=0.5, continuous_update=False, **look()
         )
         height, width = own_size(pipe)
-        self.width = widgets.Dropdown(description="Width", options=self._sides("width", width), **_look())
-        self.height = widgets.Dropdown(description="Height", options=self._sides("height", height), **_look())
-        self.scheduler = widgets.Dropdown(description="Scheduler", options=schedulers(pipe), **_look())
-        self.count = widgets.IntSlider(description="Pictures", min=1, max=MANY, continuous_update=False, **_look())
+        self.width = widgets.Dropdown(description="Width", options=self._sides("width", width), **look())
+        self.height = widgets.Dropdown(description="Height", options=self._sides("height", height), **look())
+        self.scheduler = widgets.Dropdown(description="Scheduler", options=schedulers(pipe), **look())
+        self.count = widgets.IntSlider(description="Pictures", min=1, max=MANY, continuous_update=False, **look())
         # Text, not a number box: that one would turn "abc" into 0 without a word.
-        self.seed = widgets.Text(description="Seed", **_look())
+        self.seed = widgets.Text(description="Seed", **look())
         self.dice = widgets.Button(description="New seed", icon="random", tooltip="Pick a seed by chance")
         self.random = widgets.Checkbox(description="New seed for each run", indent=False)
         self.random.layout.width = "auto"
@@ -62,7 +61,7 @@ class Controls:
         self.start_file.layout.width = "auto"
         self.start_drop = widgets.Button(description="Start from noise", tooltip="Take the starting picture away")
         self.strength = widgets.FloatSlider(
-            description="Strength", min=0.05, max=1, step=0.05, continuous_update=False, **_look()
+            description="Strength", min=0.05, max=1, step=0.05, continuous_update=False, **look()
         )
         self.start_image = widgets.Image(format="png", layout=widgets.Layout(height="64px", width="auto"))
 
@@ -157,24 +156,37 @@ class Controls:
         return found
 
     def _on_example(self, change) -> None:
-        if change["new"] is not None:
+        if change["new"]:
             self.prompt.value = change["new"]
-            self.examples.value = None  # so that it can be chosen again
+            self.examples.value = ""  # so that it can be chosen again
 
     def _count(self) -> None:
         for note, name in ((self.prompt_note, "prompt"), (self.negative_note, "negative_prompt")):
-            text = getattr(self, name).value
-            used, room = tokens(self._reader, text)
-            unseen = notes(self._reader, replace(Settings(""), **{name: text}))
-            said = "".join(f"<br>{html.escape(short(sentence))}" for sentence in unseen)
-            note.value = (
-                f'<div role="status" style="padding-left: 114px"><small>{used} of {room} tokens{said}</small></div>'
-            )
+            note.value = counted(self._reader, name, getattr(self, name).value)
 
 
 def row(*children: widgets.Widget) -> widgets.HBox:
     """Beside each other, on further lines where there is no room."""
     return widgets.HBox(children, layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
+
+
+def reader(pipe: diffusers.DiffusionPipeline) -> SimpleNamespace:
+    """The pipeline's tokenizers once more: typing is counted while a thread draws, and one serves one at a time."""
+    parts = {name: getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_3")}
+    return SimpleNamespace(**{name: copy.deepcopy(part) for name, part in parts.items()})
+
+
+def counted(pipe: diffusers.DiffusionPipeline | SimpleNamespace, name: str, text: str) -> str:
+    """HTML for below a text: how many tokens it has, and what of it the model will not see. `name` is of `Settings`."""
+    used, room = tokens(pipe, text)
+    unseen = notes(pipe, replace(Settings(""), **{name: text}))
+    said = "".join(f"<br>{html.escape(short(sentence))}" for sentence in unseen)
+    return below(f"{used} of {room} tokens{said}")
+
+
+def below(content: str) -> str:
+    """HTML in small print, to stand under a control that has a label."""
+    return f'<div role="status" style="padding-left: {LABEL + 8}px; line-height: 1.3"><small>{content}</small></div>'
 
 
 def tokens(pipe: diffusers.DiffusionPipeline, text: str) -> tuple[int, int]:
@@ -198,16 +210,11 @@ def on_upload(control: widgets.FileUpload, take: Callable[[str, bytes], None]) -
     control.observe(changed, "value")
 
 
-def short(sentence: str) -> str:
-    """A sentence to show, which may quote what somebody typed: 10,000 characters, say."""
-    return sentence if len(sentence) <= LONGEST else f"{sentence[:LONGEST]} …"
+def text_area(description: str, placeholder: str) -> widgets.Textarea:
+    return widgets.Textarea(description=description, placeholder=placeholder, rows=2, **look(full=True))
 
 
-def _text(description: str, placeholder: str) -> widgets.Textarea:
-    return widgets.Textarea(description=description, placeholder=placeholder, rows=2, **_look(full=True))
-
-
-def _look(full: bool = False) -> dict:
-    """Labels of one width, so that the controls stand in columns; two beside each other where there is room."""
+def look(full: bool = False) -> dict:
+    """Labels of one width; two controls beside each other where there is room."""
     width = "auto" if full else "360px"
-    return {"style": {"description_width": "110px"}, "layout": widgets.Layout(width=width, max_width="100%")}
+    return {"style": {"description_width": f"{LABEL}px"}, "layout": widgets.Layout(width=width, max_width="100%")}
