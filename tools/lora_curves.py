@@ -1,0 +1,117 @@
+"""Which rank and which layers teach storybook-sd a new thing: `python -m tools.lora_curves` writes a table for page 09.
+
+Adapters of several ranks learn the same zorps for as many steps. A row is a share with its 95 % interval: of zorps that
+are right (in colours and settings that were kept for the examination), or of unrelated prompts that are still right.
+The table, notebooks/data/lora.csv, belongs to the weights: write it again after training.
+"""
+
+import argparse
+import csv
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from helpers import lora
+from helpers.images import ROOT
+from helpers.metrics import mean_with_interval
+from helpers.pipelines import load
+from storybook import probe
+from storybook.judge import judge
+from storybook.sample import seen_prompts
+from storybook.world import COLOURS, KINDS, SETTINGS, Scene, Thing, render
+from storybook.world.novel import newcomers
+from training.lora import encode, fit
+
+TABLE = ROOT / "notebooks/data/lora.csv"
+TAUGHT = ("red", "blue", "yellow", "white")
+RANKS = (1, 4, 16)
+STEPS, BATCH, RATE = 120, 4, 3e-3
+FIELDS = ("part", "method", "rank", "weights", "metric", "mean", "low", "high", "n")
+
+
+def examiner() -> probe.Probe:
+    """Tells zorps from everything that the model knows."""
+    rng, kinds = random.Random("known"), tuple(KINDS)
+    known = [render(Scene((Thing(kinds[k % len(kinds)]),), SETTINGS[k % 7]), rng, 64) for k in range(240)]
+    return probe.fit({"zorp": newcomers("creature", 120, seed=1, size=64)[0], "known": known})
+
+
+def right_zorps(images: Sequence[Image.Image], prompts: Sequence[str], judged_by: probe.Probe) -> list[bool]:
+    """For each picture: a zorp to the probe, and to the judge of the colour and in the setting asked for."""
+    rows = judge(list(images), [prompt.replace("zorp", "house") for prompt in prompts])
+    kinds = probe.read(judged_by, images)
+    return [bool(k == "zorp" and row["colour"] and row["setting"]) for k, row in zip(kinds, rows, strict=True)]
+
+
+def draw(pipe, prompts: Sequence[str], steps: int = 10) -> list[Image.Image]:
+    """One picture a prompt, picture k from seed k."""
+    seeds = [torch.Generator().manual_seed(k) for k in range(len(prompts))]
+    return pipe(list(prompts), num_inference_steps=steps, guidance_scale=pipe.model.guidance, generator=seeds).images
+
+
+def measured(pipe, questions: list[str], unrelated: list[str], judged_by: probe.Probe) -> dict[str, list[bool]]:
+    """What the pipeline draws now: {"right": zorps, "kept": unrelated prompts}."""
+    rows = judge(draw(pipe, unrelated), unrelated)
+    return {
+        "right": right_zorps(draw(pipe, questions), questions, judged_by),
+        "kept": [all(row[part] is not False for part in ("object", "colour", "setting")) for row in rows],
+    }
+
+
+def curves(pipe, methods: Sequence[tuple[str, int]], steps: int, count: int) -> list[tuple]:
+    """Rows for each (layers, rank), adapters of rank 0 being none; `count` unrelated prompts."""
+    others = [colour for colour in COLOURS if colour not in TAUGHT]
+    questions, unrelated = newcomers("creature", 28, colours=others, size=8)[1], seen_prompts(count)
+    examples, judged_by, rows = encode(pipe, *newcomers("creature", 16, colours=TAUGHT)), examiner(), []
+    for layers, rank in methods:
+        weights = lora.attach(pipe, "zorp", rank=rank, layers=layers) if rank else 0
+        if rank:
+            fit(pipe, examples, steps, batch_size=BATCH, learning_rate=RATE)
+        for metric, values in measured(pipe, questions, unrelated, judged_by).items():
+            rows.append(("rank" if rank else "none", layers, rank, weights, metric, *mean_with_interval(values)))
+            print(f"{layers} {rank}: {metric} {rows[-1][5]:.0%}", flush=True)
+        if rank:
+            lora.remove(pipe, "zorp")
+    return rows
+
+
+def check_rows(pipe) -> list[tuple]:
+    """The mean of one picture's pixels, 0 to 255, which a test draws again to know that the table fits the weights."""
+    (image,) = draw(pipe, seen_prompts(1))
+    return [("check", "none", 0, 0, "brightness", float(np.mean(image)), 0.0, 255.0, 1)]
+
+
+def write(rows: list[tuple], path: Path) -> None:
+    """The CSV, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    with temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(FIELDS)
+        writer.writerows([f"{value:.4g}" if isinstance(value, float) else value for value in row] for row in rows)
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    """Train, draw, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of training, for each adapter")
+    parser.add_argument("--count", type=int, default=14, help="unrelated prompts")
+    parser.add_argument("--out", type=Path, default=TABLE)
+    args = parser.parse_args()
+    if args.steps < 1 or args.count < 2:
+        parser.error("--steps takes 1 or more, --count 2 or more.")
+    methods = [("none", 0), *((layers, rank) for layers in lora.LAYERS for rank in RANKS)]
+    pipe = load("storybook-sd")
+    rows = check_rows(pipe) + curves(pipe, methods, args.steps, args.count)
+    write(rows, args.out)
+    print(f"wrote {len(rows)} rows to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
