@@ -2,11 +2,12 @@
 
     python -m benchmarks.from_scratch
 
-Stable Diffusion 1.5 at full size with random weights. The three work in turn, A B C C B A, in one process, so that
+Stable Diffusion 1.5 at full size with random weights, and four blocks of 3.5 Medium's MMDiT-X. The three work in turn, A B C C B A, in one process, so that
 whatever else the machine does slows all; a ratio is the median of the rounds' ratios to diffusers, below 1 where
 from_scratch takes less. Loading time and peak memory are each measured in a process of its own. Prints Markdown, each
-row when it is known, one call of the UNet at 512x512 first. On two cores this takes about an hour and 16 GB of memory;
---cuda measures the GPU alone, in minutes; --quick, at a hundredth of the size, shows only that it works.
+row when it is known, one call of the UNet at 512x512 first. On two cores this takes about an hour and 12 GB of memory
+(--parts takes some of it); --cuda measures the GPU alone, in minutes; --quick, at a hundredth of the size, shows only
+that it works.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ sys.path[0] = str(ROOT)  # started as a script, this file would hide the package
 import torch  # noqa: E402
 
 PROMPT = "a red boat by the sea"
+PARTS = ("sd15", "sd35", "picture", "loading")  # calls of 1.5's networks, of 3.5's, whole pictures, files and memory
 SIDES = ("plain", "fast", "diffusers")  # the first two are from_scratch
 
 
@@ -86,39 +88,68 @@ def operations(unet, latents: torch.Tensor, context: torch.Tensor) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def forwards(folder: Path, device: str, dtype: torch.dtype, quick: bool, repeats: int) -> None:
-    """One call of the UNet: at the usual size, at others, and for more pictures."""
-    from diffusers import UNet2DConditionModel
+def calls(name: str, networks: dict[str, Callable], arguments: tuple, repeats: int, warm: bool = True) -> None:
+    """A row of the table: one call of each side's network."""
+    work = {side: partial(network, *arguments) for side, network in networks.items()}
+    with torch.no_grad():
+        if warm:
+            in_turn(work, 1)
+        row(name, in_turn(work, repeats))
+
+
+def sd15(folder: Path, device: str, dtype: torch.dtype, quick: bool, repeats: int) -> None:
+    """One call of the UNet, at the usual size, at others, and for more pictures; one of the VAE's decoder."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
     from from_scratch import load
 
-    theirs = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype).to(device).eval()
-    unets = {side: load(folder, dtype=dtype, device=device, fast=side == "fast").unet for side in sides(device)[:-1]}
-    unets["diffusers"] = theirs
-    width, unit = theirs.config.cross_attention_dim, 1 if quick else 8
-    kind = str(dtype).removeprefix("torch.")
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype).to(device).eval()
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype).to(device).eval()
+    ours = {side: load(folder, dtype=dtype, device=device, fast=side == "fast") for side in sides(device)[:-1]}
+    unets = {side: sd.unet for side, sd in ours.items()} | {"diffusers": unet}
+    decoders = {side: sd.vae.decode for side, sd in ours.items()}
+    decoders["diffusers"] = lambda z: vae.decode(z / vae.config.scaling_factor).sample
+    context_channels, kind = unet.config.cross_attention_dim, str(dtype).removeprefix("torch.")
 
-    def compare(pictures: int, size: int) -> None:
-        side = size // 8 // 8 * unit
-        x = torch.randn(2 * pictures, 4, side, side, device=device, dtype=dtype)
-        context = torch.randn(2 * pictures, 77, width, device=device, dtype=dtype)
-        work = {name: partial(unet, x, 500, context) for name, unet in unets.items()}
-        with torch.no_grad():
-            if pictures * size <= 512:  # longer calls notice no first time
-                in_turn(work, 1)
-            found = in_turn(work, repeats)
-        row(f"UNet, {kind}, {size}x{size}, pictures: {pictures}", found)
+    def latents(pictures: int, size: int) -> torch.Tensor:
+        side = size // (64 if quick else 8)
+        return torch.randn(pictures, 4, side, side, device=device, dtype=dtype)
 
-    for size in (512, 256, 384, 768):
-        compare(1, size)
-    for pictures in (2, 4):
-        compare(pictures, 512)
+    for pictures, size in ((1, 512), (1, 256), (1, 384), (1, 768), (2, 512), (4, 512)):
+        context = torch.randn(2 * pictures, 77, context_channels, device=device, dtype=dtype)
+        arguments, warm = (latents(2 * pictures, size), 500, context), pictures * size <= 512  # longer ones need none
+        calls(f"UNet, {kind}, {size}x{size}, pictures: {pictures}", unets, arguments, repeats, warm)
+        if warm and size == 512:
+            calls(f"VAE decoder, {kind}, {size}x{size}", decoders, (latents(1, size),), repeats)
     if device == "cpu":
-        x, context = torch.randn(2, 4, 8 * unit, 8 * unit), torch.randn(2, 77, width)
-        work, speed = operations(theirs, x, context), rates(quick)
+        x, context = latents(2, 512), torch.randn(2, 77, context_channels)
+        work, speed = operations(unet, x, context), rates(quick)
         floors = ", ".join(f"{work / rate:.3g} s at the rate of a {name}" for name, rate in speed.items())
         note = f"the least time for the first row's {work:,.3g} billion operations: {floors}"
         print(f"| {note} | | | | | |", flush=True)
+
+
+def sd35(device: str, dtype: torch.dtype, quick: bool, repeats: int) -> None:
+    """One call of 3.5 Medium's MMDiT-X at full width and with all its tokens, but with four of its 24 blocks, of which
+    all are built like one of these: two whose image attends twice, one whose image does not, the last one.
+    """
+    from benchmarks.models import mmdit
+    from benchmarks.parity_full import ours
+
+    theirs = mmdit(quick, layers=4, dual=2).to(device, dtype)
+    mine, config = ours("transformer", theirs), theirs.config
+    networks = {
+        "plain": mine,
+        "diffusers": lambda x, t, context, pooled: theirs(x, context, pooled, t).sample,
+    }
+    context = torch.randn(2, 333, config.joint_attention_dim, device=device, dtype=dtype)
+    pooled = torch.randn(2, config.pooled_projection_dim, device=device, dtype=dtype)
+    t = torch.full((2,), 500.0, device=device)
+    for size in (512, 1024):
+        side = size // (64 if quick else 8)
+        x = torch.randn(2, 16, side, side, device=device, dtype=dtype)
+        name = f"MMDiT-X, 4 of 24 blocks, {str(dtype).removeprefix('torch.')}, {size}x{size}, pictures: 1"
+        calls(name, networks, (x, t, context, pooled), repeats, warm=size == 512)
 
 
 def sides(device: str) -> tuple[str, ...]:
@@ -206,6 +237,7 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     parser.add_argument("--quick", action="store_true", help="a hundredth of the size")
     parser.add_argument("--cuda", action="store_true", help="on the GPU alone")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of each measurement")
@@ -219,22 +251,27 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        if not (folder / "model_index.json").exists():
+        if set(options.parts) != {"sd35"} and not (folder / "model_index.json").exists():
             from benchmarks.models import save
 
             save(folder, options.quick)
-        measure(folder, options.quick, options.cuda, options.repeats)
+        measure(folder, options.parts, options.quick, options.cuda, options.repeats)
 
 
-def measure(folder: Path, quick: bool, cuda: bool, repeats: int) -> None:
-    """All measurements, as a Markdown table; `cuda`: those of the GPU alone."""
+def measure(folder: Path, parts: Sequence[str], quick: bool, cuda: bool, repeats: int) -> None:
+    """The measurements of these PARTS, as a Markdown table; `cuda`: those of the GPU alone."""
     size = "512x512" if not quick else "quick"
     print(f"{machine()}\n\n| | {' | '.join(SIDES)} | plain / diffusers | fast / diffusers |\n|{'---|' * 6}", flush=True)
     kinds = [] if cuda else [("cpu", torch.float32)]
     if torch.cuda.is_available():
         kinds += [("cuda", torch.float32), ("cuda", torch.float16), ("cuda", torch.bfloat16)]
     for device, dtype in kinds:
-        forwards(folder, device, dtype, quick, repeats)
+        if "sd15" in parts:
+            sd15(folder, device, dtype, quick, repeats)
+        if "sd35" in parts:
+            sd35(device, dtype, quick, repeats)
+        if "picture" not in parts:
+            continue
         steps = 2 if quick else 20
         draw = {side: drawer(folder, device, dtype, side) for side in sides(device)}
         in_turn({side: partial(function, 1) for side, function in draw.items()}, 1)
@@ -242,7 +279,7 @@ def measure(folder: Path, quick: bool, cuda: bool, repeats: int) -> None:
         found = in_turn({side: partial(function, steps) for side, function in draw.items()}, rounds)
         row(f"picture, {device}, {str(dtype).removeprefix('torch.')}, {size}, {steps} steps", found)
         del draw
-    if not cuda:
+    if not cuda and "loading" in parts:
         loading, picture = in_children("load", folder, repeats), in_children("picture", folder, 1)
         row("loading, float16 on disk, float32 in memory", {side: [run[0] for run in loading[side]] for side in SIDES})
         row("its peak memory", {side: [run[1] for run in loading[side]] for side in SIDES}, "GiB")

@@ -1,11 +1,19 @@
-"""Stable Diffusion 1.5 with random weights, made by diffusers and transformers: in memory, or as a folder."""
+"""Stable Diffusion 1.5 with random weights, made by diffusers and transformers: in memory, or as a folder. And the
+MMDiT-X of 3.5 Medium.
+"""
 
 import json
 import string
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -66,6 +74,23 @@ def parts(quick: bool = False, only: str | None = None) -> dict[str, nn.Module]:
             )
         )
     return {name: randomise(module) for name, module in made.items()}
+
+
+def mmdit(quick: bool = False, layers: int = 24, dual: int = 13) -> SD3Transformer2DModel:
+    """3.5 Medium's transformer, 2.2 billion weights, or some of its blocks, of which the first `dual` attend twice."""
+    heads, context = (2, 256) if quick else (24, 4096)
+    model = SD3Transformer2DModel(
+        sample_size=128,
+        num_layers=layers,
+        num_attention_heads=heads,
+        caption_projection_dim=64 * heads,
+        joint_attention_dim=context,
+        pooled_projection_dim=context // 2,
+        pos_embed_max_size=384,
+        dual_attention_layers=tuple(range(dual)),
+        qk_norm="rms_norm",
+    )
+    return randomise(model)
 
 
 def save(folder: Path, quick: bool = False, dtype: torch.dtype = torch.float16) -> None:
