@@ -2,7 +2,8 @@
 
     python -m benchmarks.from_scratch
 
-Stable Diffusion 1.5 at full size with random weights, and four blocks of 3.5 Medium's MMDiT-X. The three work in turn, A B C C B A, in one process, so that
+Stable Diffusion 1.5 at full size with random weights, and four blocks of 3.5 Medium's MMDiT-X. The sides work in
+turn, A B C C B A, in one process, so that
 whatever else the machine does slows all; a ratio is the median of the rounds' ratios to diffusers, below 1 where
 from_scratch takes less. Loading time and peak memory are each measured in a process of its own. Prints Markdown, each
 row when it is known, one call of the UNet at 512x512 first. On two cores this takes about an hour and 12 GB of memory

@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from helpers.generate import Settings, decode, drawing, generate, model_name, notes, resolve, silenced
-from helpers.images import CELL, ROOT, grid, save
+from helpers.images import CELL, ROOT, encoded, grid, save
 from helpers.images import settings as settings_in
 from helpers.loading.machine import letting_go
 from helpers.loading.versions import watched
@@ -121,7 +121,8 @@ def sweep(
     pictures and prompts, and gives one number, True, False or None for each; default: saturation and contrast.
 
     The cost is said first. What is drawn is kept in `folder`, so that the same call after an interrupt goes on where it
-    stopped; at the end a CSV and a labelled PNG are there, named after the axes. `on_step(done, evaluations)` is called
+    stopped; at the end a CSV and a labelled PNG are there, named after the axes, in which `helpers.images.record` finds
+    the axes and the first picture's settings. `on_step(done, evaluations)` is called
     after every step, those of the run that measures the pace included (done is 0 then); what it raises ends the sweep
     and is passed on. Without it a progress bar is shown. Raises ValueError, one sentence, before any work starts: for
     what `resolve` refuses, an unknown axis, an empty or a repeating one, or pictures that do not fit into the RAM.
@@ -180,9 +181,8 @@ def sweep(
     picture = _labelled(axes, x[0], y[0] if y else None, points, images)
     csv_path, png_path = place / f"{stem}.csv", place / f"{stem}.png"
     _write(csv_path, _csv(rows).encode())
-    content = io.BytesIO()
-    picture.save(content, "PNG")
-    _write(png_path, content.getvalue())
+    picture.info |= {"settings": wanted[0], "model": model_name(pipe), "axes": axes}
+    _write(png_path, encoded(picture))
     shutil.rmtree(parts, ignore_errors=True)  # all of it is in the result
     return Sweep(rows, images, picture, csv_path, png_path)
 
@@ -427,4 +427,5 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+    number, unit = (seconds, "second") if seconds < 99.5 else (seconds / 60, "minute")
+    return f"{number:.0f} {unit}{'' if f'{number:.0f}' == '1' else 's'}"

@@ -168,11 +168,12 @@ def file_stem(settings: Settings, name: str | None = None) -> str:
 
 def _encode(image: Image.Image, settings: Settings | None) -> tuple[bytes, Settings]:
     model, known = image.info.get("model", ""), image.info.get("settings")
-    stopped = image.info.get("stopped_after")
+    stopped, axes = image.info.get("stopped_after"), image.info.get("axes")
     if isinstance(known, str):  # a picture that was saved and opened again
         try:
             found = _parse(known)
-            known, model, stopped = _settings(found), found.get("model", ""), found.get("stopped_after")
+            known, model = _settings(found), found.get("model", "")
+            stopped, axes = found.get("stopped_after"), found.get("axes")
         except (ValueError, RecursionError):
             known = None
     settings = known or settings
@@ -185,10 +186,15 @@ def _encode(image: Image.Image, settings: Settings | None) -> tuple[bytes, Setti
     }
     if stopped is not None:
         record["stopped_after"] = stopped
+    if axes is not None:
+        record["axes"] = axes
+    size = (
+        image.size if axes is None else (settings.width, settings.height)
+    )  # a grid's picture is larger than any in it
     chunks = PngImagePlugin.PngInfo()
     for key, text in (
         ("settings", json.dumps(record, ensure_ascii=False, default=str)),
-        ("parameters", infotext.write(settings, model, image.size)),
+        ("parameters", infotext.write(settings, model, size)),
     ):
         chunks.add_itxt(key, text.encode("utf-8", "replace").decode())
     content = io.BytesIO()
@@ -228,9 +234,10 @@ def settings(file: str | Path | BinaryIO) -> Settings:
 def record(file: str | Path | BinaryIO) -> dict:
     """All that a PNG says: {"settings": {...}, "model": name, "versions": {library: version}}, from the JSON of `save`.
 
-    "stopped_after" is there for a picture that was stopped: the step that it is from. Without such JSON the text of
-    A1111 is read; then "versions" is empty, and "others" holds what `Settings` has no place for. A relative path is
-    in the repository, as for `save`, or else in the working folder. Raises ValueError, one sentence.
+    "stopped_after" is there for a picture that was stopped: the step that it is from. "axes" is there for a grid of
+    `sweep`: each setting that varies, with its values; "settings" is then the first picture's. Without such JSON the
+    text of A1111 is read; then "versions" is empty, and "others" holds what `Settings` has no place for. A relative
+    path is in the repository, as for `save`, or else in the working folder. Raises ValueError, one sentence.
     """
     shown, place = "The file", file
     if isinstance(file, (str, Path)):

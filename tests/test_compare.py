@@ -27,6 +27,8 @@ from helpers.compare import (
     sweep,
 )
 from helpers.generate import generate
+from helpers.images import record
+from helpers.images import settings as settings_in
 from helpers.pipelines import Model, load
 
 PROMPT = "a red boat by the sea"
@@ -157,6 +159,15 @@ def test_a_sweep_draws_what_generate_draws(pipe, tmp_path, drawn):
         rows = list(csv.DictReader(file))
     assert [row["guidance"] for row in rows[:8:4]] == ["1", "4"] and len(rows) == 16
     assert Image.open(found.png).size == found.picture.size
+    inside = record(found.png)
+    assert list(inside["axes"].items()) == [
+        ("steps", [2, 4]),
+        ("guidance", [1, 4]),
+        ("prompt", [PROMPT, "a blue star"]),
+        ("seed", [3, 7]),
+    ]
+    assert settings_in(found.png) == replace(found.images[0].info["settings"], count=1) and inside["model"] == "tiny"
+    assert "Size: 64x64" in Image.open(found.png).info["parameters"]
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".csv", ".png"]
     assert found.cells("saturation", "guidance", "steps")[4, 2][3] == 4
 
@@ -279,6 +290,21 @@ def test_a_flow_model_is_swept_too(tmp_path):
     pipe.set_progress_bar_config(disable=True)
     found = sweep(pipe, ("guidance", [1, 3]), seeds=[0, 1], settings=Settings(PROMPT, steps=2), folder=tmp_path / "out")
     assert len(found.images) == 4
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0.2, "0 seconds"),
+        (1.2, "1 second"),
+        (2, "2 seconds"),
+        (99, "99 seconds"),
+        (99.6, "2 minutes"),
+        (300, "5 minutes"),
+    ],
+)
+def test_times_are_english(seconds, text):
+    assert helpers.compare._time(seconds) == text
 
 
 def test_the_table_as_a_data_frame(pipe, tmp_path):
