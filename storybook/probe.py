@@ -4,16 +4,14 @@ The judge learned them for other things, so a probe is worth what it gets right 
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import nn
 
-from storybook.judge import WEIGHTS, Judge, to_input
+from storybook.judge import bundled_network, to_input
 
 LATE = (4, 5, 6)  # blocks of the judge: earlier ones see edges, its end only what it has names for
 DECAY = 1e-3  # of the weights' squares: a few hundred pictures of as many features could be learned by heart
@@ -28,13 +26,6 @@ class Probe(NamedTuple):
     spread: torch.Tensor  # (D,)
 
 
-@cache
-def _judge() -> Judge:
-    network = Judge().eval()
-    network.load_state_dict({name: tensor.float() for name, tensor in load_file(WEIGHTS).items()})
-    return network
-
-
 @torch.no_grad()
 def features(images: Sequence[Image.Image]) -> torch.Tensor:
     """What the judge makes of pictures of any size, (n, 640): the strongest answer of each late channel, the end.
@@ -43,7 +34,7 @@ def features(images: Sequence[Image.Image]) -> torch.Tensor:
     """
     x, found = torch.from_numpy(np.stack([to_input(image) for image in images])), []
     x = x.permute(0, 3, 1, 2).float() / 127.5 - 1
-    for number, block in enumerate(_judge().body):
+    for number, block in enumerate(bundled_network().body):
         x = block(x)
         if number in LATE:
             found.append(x.amax((2, 3)))

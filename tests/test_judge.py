@@ -4,9 +4,11 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from storybook.judge import compare, judge, look, share
+from storybook.judge import Judge, bundled_network, compare, in_bytes, judge, look, share
 from storybook.train import judge as training
 from storybook.train.judge import fresh_table
 from storybook.world import Scene, Thing, parse, render
@@ -69,3 +71,19 @@ def test_bad_input_is_refused_in_one_sentence():
         judge([Image.new("RGB", (64, 64))], ["a dragon"])
     with pytest.raises(ValueError, match="no rows"):
         share([], "object")
+
+
+def test_weights_in_bytes_come_back_nearly_as_they_were(tmp_path, monkeypatch):
+    """Within half a step of 127 of each output's largest weight; what is not a matrix within half precision."""
+    torch.manual_seed(0)
+    network = Judge().eval()
+    save_file(in_bytes(network.state_dict()), tmp_path / "model.safetensors")
+    monkeypatch.setattr("storybook.judge.WEIGHTS", tmp_path / "model.safetensors")
+    back = bundled_network.__wrapped__().state_dict()
+    for name, weights in network.state_dict().items():
+        error = (back[name] - weights).abs()
+        if weights.ndim > 1:
+            largest = weights.flatten(1).abs().amax(1).view(-1, *[1] * (weights.ndim - 1))
+            assert (error <= largest / 127 * 0.501).all(), name
+        else:
+            assert torch.allclose(back[name].float(), weights.float(), atol=1e-3), name

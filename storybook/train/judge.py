@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from storybook.judge import ARRANGEMENTS, COLOUR_NAMES, HEADS, KIND_NAMES, SIDE, WEIGHTS, Judge, judge, slots
+from storybook.judge import ARRANGEMENTS, COLOUR_NAMES, HEADS, KIND_NAMES, SIDE, WEIGHTS, Judge, in_bytes, judge, slots
 from storybook.train import data
 from storybook.world import COLOURS, SETTINGS, Scene, caption, complete, random_scene, render
 from training.loop import Schedule, keep_log, train
@@ -104,11 +104,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     network, run = fit("judge", args.pictures, args.steps, args.batch_size)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: tensor.half().contiguous() if tensor.is_floating_point() else tensor
-        for name, tensor in network.state_dict().items()
-    }
-    save_file(state, args.out)
+    save_file(in_bytes(network.state_dict()), args.out)
     keep_log(run, args.out.parent)
 
 
