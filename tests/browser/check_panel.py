@@ -4,6 +4,8 @@ The name keeps it out of `make test`, for it needs a browser. `SCREENSHOTS=docs 
 pictures.
 """
 
+import base64
+import io
 import os
 import re
 import shlex
@@ -16,6 +18,7 @@ import urllib.request
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
@@ -28,6 +31,7 @@ TOKEN = "only-for-this-test"
 START_S, DRAW_S = 300, 600  # a machine may be busy with other work
 HOSTILE = 'a red boat <img src=x onerror="window.ran = true"><script>window.ran = true</script>'
 GRID = "from helpers.panel import grid_panel\n\ngrid_panel(pipe, settings=Settings(prompt, steps=10))"
+MASK = "from helpers.editing_mask import MaskControls\n\nMaskControls(panel.picture)"  # as page 08 has it
 LARGEST = 150_000  # bytes of a screenshot
 KERNEL_IS_READY = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 
@@ -56,7 +60,7 @@ def lab_command() -> tuple[dict[str, str], list[str]]:
 
 @pytest.fixture(scope="module")
 def root(chromium, tmp_path_factory) -> Path:
-    """A copy, so that neither the notebook nor `outputs/` of the repository changes; its last cell is a grid panel."""
+    """A copy, so that neither the notebook nor `outputs/` of the repository changes; with a grid panel and a mask."""
     root = tmp_path_factory.mktemp("repository")
     for name in NEEDED:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -66,7 +70,7 @@ def root(chromium, tmp_path_factory) -> Path:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None  # what is there at the end was made here
-    notebook.cells.append(nbformat.v4.new_code_cell(GRID))
+    notebook.cells += [nbformat.v4.new_code_cell(GRID), nbformat.v4.new_code_cell(MASK)]
     nbformat.write(notebook, root / "notebooks" / "00_start_here.ipynb")
     return root
 
@@ -307,6 +311,55 @@ def test_a_grid_from_two_lists(page, root):
     with page.expect_download() as download:
         panel.get_by_role("link", name="Download table").click()
     assert Path(download.value.path()).read_text().count("\n") == 5  # a line for each picture, below their names
+
+
+def pixels(image) -> np.ndarray:
+    """What an image on the page shows, (height, width, 3)."""
+    file = image.evaluate("""async image => {
+        await image.decode();
+        const canvas = document.createElement("canvas");
+        [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+        canvas.getContext("2d").drawImage(image, 0, 0);
+        return canvas.toDataURL("image/png").split(",")[1];
+    }""")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(file))).convert("RGB"), int)
+
+
+def test_controls_move_the_mask(page, panel, tmp_path):
+    controls = page.locator(".jp-OutputArea-output .widget-vbox").filter(has_text="Across, %")
+    image, shape = controls.locator("img.widget-image"), controls.get_by_label("Shape")
+
+    def after(change) -> np.ndarray:
+        before = image.get_attribute("src")
+        change()
+        expect(image).not_to_have_attribute("src", before)
+        return pixels(image)
+
+    def span(name: str, text: str) -> None:
+        slide(controls, name).fill(text)
+        slide(controls, name).press("Enter")
+
+    def moved(one, other) -> tuple[list[float], list[float]]:
+        """Where two pictures differ: from where to where of the height, and of the width."""
+        places = np.argwhere(abs(one - other).sum(-1) > 30) / one.shape[:2]
+        return tuple([side.min(), side.max()] for side in places.T)
+
+    whole = after(lambda: span("Across, %", "0:100"))
+    middle = after(lambda: span("Across, %", "50:100"))  # what was tinted on the left is no more
+    down, across = moved(whole, middle)
+    assert across == pytest.approx([0, 0.5], abs=0.02) and down == pytest.approx([0.25, 0.75], abs=0.02)
+    round_one = after(lambda: shape.select_option("ellipse"))
+    down, across = moved(middle, round_one)
+    assert across == pytest.approx([0.5, 1], abs=0.02) and down == pytest.approx([0.25, 0.75], abs=0.02)
+    at = tuple(int(share * side) for share, side in zip((0.5, 0.75), middle.shape[:2], strict=True))
+    assert (middle[at] == round_one[at]).all()  # in its middle an ellipse is as tinted as a rectangle
+    Image.new("L", (8, 8), "white").save(tmp_path / "all.png")
+    given = after(lambda: choose(page, controls, "Mask from a picture", tmp_path / "all.png"))
+    assert (given[at] == middle[at]).all() and abs(given[0, 0] - middle[0, 0]).sum() > 30
+    (tmp_path / "notes.png").write_text("<b>no picture</b>")
+    choose(page, controls, "Mask from a picture", tmp_path / "notes.png")
+    expect(controls.get_by_role("alert")).to_contain_text("not a picture")
+    assert (pixels(image) == given).all()
 
 
 @pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
