@@ -163,6 +163,24 @@ def test_away_is_a_root_mean_square():
         away(white, Image.new("RGB", (5, 4)))
 
 
+def test_a_second_judge_grades_the_same_pictures(monkeypatch):
+    def judge(images, prompts, network=None):
+        return [{"object": True, "colour": network is None or k == 0, "setting": True} for k in range(len(images))]
+
+    monkeypatch.setattr(editing_curves, "judge", judge)
+    asked = (["a picture"] * 2, ["a prompt"] * 2, "object", "colour")
+    assert editing_curves.right(*asked) == {"right": [True, True]}
+    assert editing_curves.right(*asked, second="network") == {"right": [True, True], "second": [True, False]}
+
+
+def test_what_the_second_judge_says_stands_beside_every_right():
+    """Where the table was made with one: beside all but the two pictures that a test draws again."""
+    judged = [row for row in ROWS if row["part"] != "check"]
+    places = [{tuple(row[name] for name in ("part", "model", "method", "x", "n")) for row in judged
+               if row["metric"] == metric} for metric in ("right", "second")]  # fmt: skip
+    assert places[1] in (places[0], set())
+
+
 def test_too_few_pictures_are_refused(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["editing_curves", "--count", "1"])
     with pytest.raises(SystemExit):
