@@ -13,6 +13,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from diffusers.training_utils import cast_training_params
 from diffusers.utils import delete_adapter_layers
 from peft import LoraConfig
 from peft.import_utils import is_torchao_available
@@ -34,7 +35,7 @@ def attach(
     layer too. It changes no picture before it is trained. Raises ValueError, one sentence, for a rank other than 1 to
     1024, an unknown choice of layers, and a name that is taken or is no plain word.
     """
-    _require_peft()
+    require_peft()
     _require_free(pipe, name)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= LARGEST:
         raise ValueError(f"The rank {rank!r} is not a whole number from 1 to {LARGEST}: 4 to 16 is usual.")
@@ -52,6 +53,7 @@ def attach(
         torch.manual_seed(seed)
         # alpha = rank: the product is added as it is, and a file needs no word about it
         network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), name)
+    cast_training_params(network)  # float32 beside a model in float16: small steps would be lost, and a scaler refuses
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 
 
@@ -82,7 +84,7 @@ def load(pipe: diffusers.DiffusionPipeline, path: str | Path, name: str) -> None
     LoadError, one sentence, for a file that is missing, damaged, a pickle, or made for another model. The pipeline is
     then as it was.
     """
-    _require_peft()
+    require_peft()
     _require_free(pipe, name)
     adapter = read(Path(path), _parts(pipe))
     try:
@@ -118,6 +120,20 @@ def names(pipe: diffusers.DiffusionPipeline) -> list[str]:
     """The adapters that are attached, active or not."""
     found = [name for part in _parts(pipe).values() for name in getattr(part, "peft_config", {})]
     return list(dict.fromkeys(found))
+
+
+def require_peft() -> None:
+    """Raises LoadError, one sentence, where nothing could be attached.
+
+    Colab brings a torchao that peft refuses to work beside, at the first layer that it adapts.
+    """
+    try:
+        is_torchao_available()
+    except ImportError as error:
+        raise LoadError(
+            "The torchao of this machine is too old for peft: run `pip uninstall -y torchao`, then this again, with no "
+            "restart between."
+        ) from error
 
 
 def _network(pipe) -> torch.nn.Module:
@@ -174,14 +190,3 @@ def _require_free(pipe, name: str) -> None:
         )
     if name in names(pipe):
         raise ValueError(f"There is an adapter {name!r} already: remove it first, or choose another name.")
-
-
-def _require_peft() -> None:
-    """Colab brings a torchao that peft refuses to work beside, at the first layer that it adapts."""
-    try:
-        is_torchao_available()
-    except ImportError as error:
-        raise LoadError(
-            "The torchao of this machine is too old for peft: run `pip uninstall -y torchao`, then this again, with no "
-            "restart between."
-        ) from error

@@ -130,6 +130,20 @@ def test_the_product_is_added_to_the_layer(make):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_learns_is_in_single_precision_also_beside_a_model_in_half(make, monkeypatch, kind):
+    """As on a GPU: the loss scaler of mixed precision refuses gradients in float16."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    pipe = make(kind, stock=True)
+    examples = encode(pipe, pictures(), [PROMPT] * 3)
+    network(pipe).half()
+    lora.attach(pipe, "first", rank=1)
+    lora.attach(pipe, "mine", rank=2, layers="all")
+    assert {value.dtype for key, value in network(pipe).named_parameters() if "lora_" in key} == {torch.float32}
+    assert {value.dtype for key, value in network(pipe).named_parameters() if "lora_" not in key} == {torch.float16}
+    assert all(np.isfinite(fit(pipe, examples, steps=2, batch_size=2)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_only_the_adapter_learns_and_its_error_falls(make, kind):
     pipe = make(kind)
     examples = encode(pipe, pictures(), [PROMPT] * 3)

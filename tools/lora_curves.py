@@ -1,10 +1,11 @@
 """What teaches storybook-sd a new thing, and what spoils it: `python -m tools.lora_curves` writes a table for page 09.
 
-A row is a share with its 95 % interval. Part "rank": adapters of several ranks learn the same zorps for as many steps;
+A row is a mean with its 95 % interval. Part "rank": adapters of several ranks learn the same zorps for as many steps;
 "right" are zorps in colours and settings that were kept for the examination, "kept" unrelated prompts. Part "prior":
 the castle is learned alone, or with prior preservation; "castle" are castles when asked for, "spoiled" ordinary houses
-that look like it, "kept" houses whose colour and setting are right. The table, notebooks/data/lora.csv, and its picture
-belong to the weights: write them again after training. They took 7 minutes of CPU time.
+that look like it, "kept" houses that are right, "drift" is how far their pixels are from before. The table,
+notebooks/data/lora.csv, and its picture belong to the weights: write them again after training. They took 8 minutes of
+CPU time.
 """
 
 import argparse
@@ -33,6 +34,8 @@ TABLE = ROOT / "notebooks/data/lora.csv"
 TAUGHT = ("red", "blue", "yellow", "white")
 RANKS = (1, 4, 16)
 STEPS, BATCH, RATE = 120, 4, 3e-3
+PRIOR_SEED = 500  # of the class's pictures, away from the seeds of the examination
+SHOWN = {"none": "before", "alone": "learned alone", "prior": "with prior"}
 FIELDS = ("part", "method", "rank", "weights", "metric", "mean", "low", "high", "n")
 
 
@@ -50,10 +53,10 @@ def right_zorps(images: Sequence[Image.Image], prompts: Sequence[str], judged_by
     return [bool(k == "zorp" and row["colour"] and row["setting"]) for k, row in zip(kinds, rows, strict=True)]
 
 
-def draw(pipe, prompts: Sequence[str], steps: int = 10) -> list[Image.Image]:
-    """One picture a prompt, picture k from seed k."""
-    seeds = [torch.Generator().manual_seed(k) for k in range(len(prompts))]
-    return pipe(list(prompts), num_inference_steps=steps, guidance_scale=pipe.model.guidance, generator=seeds).images
+def draw(pipe, prompts: Sequence[str], first_seed: int = 0) -> list[Image.Image]:
+    """One picture a prompt, picture k from seed first_seed + k."""
+    seeds = [torch.Generator().manual_seed(first_seed + k) for k in range(len(prompts))]
+    return pipe(list(prompts), num_inference_steps=10, guidance_scale=pipe.model.guidance, generator=seeds).images
 
 
 def measured(pipe, questions: list[str], unrelated: list[str], judged_by: probe.Probe) -> dict[str, list[bool]]:
@@ -83,16 +86,19 @@ def curves(pipe, methods: Sequence[tuple[str, int]], steps: int, count: int) -> 
 
 
 def prior_rows(pipe, steps: int) -> tuple[list[tuple], Image.Image]:
-    """Rows of the part "prior", and a picture: one row before, one learned alone, one with prior preservation."""
-    scenes = [Scene((Thing("house", colour),), SETTINGS[k % 7]) for k, colour in enumerate([*COLOURS] * 3)]
-    houses, castles = [caption(scene) for scene in scenes], newcomers("castle", 7, size=8)[1]
-    groups = {"castle": newcomers("castle", 120, seed=1, size=64)[0]}
+    """Rows of the part "prior", and a picture: one row before, one learned alone, one with prior preservation.
+
+    Eight prompts of houses are for the prior, 24 others for the examination.
+    """
+    scenes = [Scene((Thing("house", colour),), SETTINGS[k % 7]) for k, colour in enumerate([*COLOURS] * 4)]
+    texts, castles = [caption(scene) for scene in scenes], newcomers("castle", 14, size=8)[1]
+    own, houses = draw(pipe, texts[:8], PRIOR_SEED), texts[8:]
     rng = random.Random("houses")
-    groups["house"] = [render(scenes[k % len(scenes)], rng, 64) for k in range(240)]
-    judged_by, before = probe.fit(groups), draw(pipe, houses)
-    learned = encode(pipe, *newcomers("castle", 6))
-    rows, shown = [], [*draw(pipe, castles[:2]), *before[:4]]
-    for method, prior in (("none", None), ("alone", None), ("prior", encode(pipe, before[:8], houses[:8]))):
+    plain = [render(scenes[k % len(scenes)], rng, 64) for k in range(240)]
+    judged_by = probe.fit({"castle": newcomers("castle", 120, seed=1, size=64)[0], "house": plain})
+    learned, before = encode(pipe, *newcomers("castle", 6)), draw(pipe, houses)
+    rows, shown, labels = [], [], []
+    for method, prior in (("none", None), ("alone", None), ("prior", encode(pipe, own, texts[:8]))):
         if method != "none":
             lora.attach(pipe, "castle", rank=8, layers="all")
             fit(pipe, learned, steps, prior, batch_size=2, learning_rate=RATE)
@@ -100,13 +106,19 @@ def prior_rows(pipe, steps: int) -> tuple[list[tuple], Image.Image]:
         values = {metric: [name == "castle" for name in probe.read(judged_by, found[metric])] for metric in found}
         judged = judge(found["spoiled"], houses)
         values["kept"] = [bool(row["object"] and row["colour"] and row["setting"]) for row in judged]
+        values["drift"] = [rms(*pair) for pair in zip(before, found["spoiled"], strict=True)]
         rows += [("prior", method, 8, 0, metric, *mean_with_interval(some)) for metric, some in values.items()]
-        print(method, {metric: f"{sum(some)} of {len(some)}" for metric, some in values.items()}, flush=True)
+        print(method, {metric: f"{np.mean(some):.3f}" for metric, some in values.items()}, flush=True)
         if method != "none":
             lora.remove(pipe, "castle")
-            shown += [*found["castle"][:2], *found["spoiled"][:4]]
-    labels = [f"{text}, {how}" for how in ("before", "alone", "with prior") for text in (*castles[:2], *houses[:4])]
+        shown += [*found["castle"][:2], *found["spoiled"][:4]]
+        labels += [f"{SHOWN[method]}: {text}" for text in (*castles[:2], *houses[:4])]
     return rows, grid(shown, columns=6, labels=labels).quantize(96)
+
+
+def rms(one: Image.Image, other: Image.Image) -> float:
+    """Root mean square difference of two pictures' pixels, 0 to 1."""
+    return float(np.sqrt(np.mean((np.asarray(one, float) - np.asarray(other, float)) ** 2)) / 255)
 
 
 def check_rows(pipe) -> list[tuple]:
@@ -130,7 +142,7 @@ def main() -> None:
     """Train, draw, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=STEPS, help="of training, for each adapter")
-    parser.add_argument("--count", type=int, default=14, help="unrelated prompts")
+    parser.add_argument("--count", type=int, default=28, help="unrelated prompts")
     parser.add_argument("--out", type=Path, default=TABLE)
     args = parser.parse_args()
     if args.steps < 1 or args.count < 2:
