@@ -135,6 +135,7 @@ def test_what_learns_is_in_single_precision_also_beside_a_model_in_half(make, mo
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     pipe = make(kind, stock=True)
     examples = encode(pipe, pictures(), [PROMPT] * 3)
+    examples = examples._replace(texts=tuple(text.half() for text in examples.texts))
     network(pipe).half()
     lora.attach(pipe, "first", rank=1)
     lora.attach(pipe, "mine", rank=2, layers="all")
