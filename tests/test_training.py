@@ -50,6 +50,29 @@ def test_the_t5_tokenizer_knows_the_world_and_spells_the_rest():
     assert tokenizer.unk_token_id not in tokenizer("a zebra, twice").input_ids
 
 
+def test_most_batches_hold_whole_captions_and_only_they_go_through_the_compiled_transformer(monkeypatch):
+    tokenizer = sd3.new_t5(16)[1]
+    captions = data.captions(data.scenes("train", 2000), 0)
+    assert max(len(ids) for ids in tokenizer(captions).input_ids) <= sd3.T5_LENGTHS[0]
+    asked = []
+
+    def network(name):
+        return lambda noisy, *more, **options: asked.append(name) or (noisy,)
+
+    monkeypatch.setattr(sd3.FlowMatching, "context", lambda *told: (None, None))
+    objective = sd3.FlowMatching(torch.nn.Identity(), [], torch.nn.Identity())
+    objective.learned[0].forward = network("plain")
+    latents = torch.ones(2, 16, 2, 2)
+    batch = latents, torch.zeros_like(latents), torch.tensor([0.0, 0.5]), None
+    for compiled in (None, network("compiled")):
+        objective.compiled = compiled
+        for length in set(sd3.T5_LENGTHS):
+            asked.clear()
+            loss = objective(*batch, torch.zeros(2, length, dtype=int), torch.ones(2))["loss"]
+            assert asked == ["compiled" if compiled and length == sd3.T5_LENGTHS[0] else "plain"]
+            assert loss.item() == pytest.approx((2**2 + 1.5**2) / 2)  # (1 - sigma) x - (noise - x), x all ones
+
+
 def test_sharpening_leaves_the_encoder_alone_and_each_opponent_learns_from_its_own_loss():
     """The decoder would like the discriminator to be wrong: that wish must not reach the discriminator's weights."""
     torch.manual_seed(0)
