@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 
 from helpers.images import grid
 from storybook.judge import judge, share
-from storybook.world import HELD_OUT, SETTINGS, Scene, Thing, caption, random_scene
+from storybook.world import HELD_OUT, KINDS, SETTINGS, Scene, Thing, caption, random_scene
+from storybook.world.vocabulary import allowed_colours
 
 STEPS = 25
 # what the stock pipelines do when they are given a prompt and nothing else
@@ -30,13 +31,23 @@ def seen_prompts(count: int) -> list[str]:
     return prompts
 
 
+def _prompts_of(pairs: list[tuple[str, str]], count: int, rng: random.Random) -> list[str]:
+    """Single things in each (colour, kind) of `pairs` in turn, in every setting."""
+    chosen = [pairs[i % len(pairs)] for i in range(count)]
+    return [caption(Scene((Thing(kind, colour),), rng.choice(SETTINGS)), rng) for colour, kind in chosen]
+
+
 def held_out_prompts(count: int) -> list[str]:
     """Single things in the pairs of `HELD_OUT`, in every setting."""
-    rng, pairs = random.Random("held-out prompts"), sorted(HELD_OUT)
-    return [
-        caption(Scene((Thing(pairs[i % len(pairs)][1], pairs[i % len(pairs)][0]),), rng.choice(SETTINGS)), rng)
-        for i in range(count)
-    ]
+    return _prompts_of(sorted(HELD_OUT), count, random.Random("held-out prompts"))
+
+
+def close_up_prompts(count: int) -> list[str]:
+    """As `held_out_prompts`, but in pairs that training pictures do show: no sizes, no positions."""
+    rng = random.Random("close-up prompts")
+    pairs = [(colour, kind) for kind in KINDS for colour in allowed_colours(kind)]
+    rng.shuffle(pairs)
+    return _prompts_of(pairs, count, rng)
 
 
 def two_thing_prompts(count: int) -> list[str]:

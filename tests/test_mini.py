@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_snr
 from PIL import Image
 from safetensors.torch import save_file
 
 from storybook.write_dataset import write
 from training import mini
 from training.draw_mini import draw
-from training.mini import ALPHA_BAR, Attention, Denoising, UNet, add_noise, batches, follow, guided, reverse
+from training.mini import ALPHA_BAR, SHARES, Attention, Denoising, UNet, add_noise, batches, follow, guided, reverse
 
 ROOT = Path(__file__).parent.parent
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -57,6 +58,17 @@ def test_the_unet_keeps_shapes_hears_time_and_text_and_starts_at_nothing():
     assert not torch.allclose(answer, unet(x, t.flip(0), text), atol=1e-4)
     assert not torch.allclose(answer, unet(x, t, text.flip(0)), atol=1e-4)
     assert UNet()(torch.randn(1, 4, 16, 16), torch.ones(1), torch.randn(1, 32, 128)).abs().max() == 0
+
+
+def test_the_last_row_of_the_text_goes_where_the_time_goes():
+    """With nothing coming out of cross-attention, the last row is heard, and it alone."""
+    unet, x, t, text = small_unet(), torch.randn(2, 4, 8, 8), torch.tensor([10.0, 900.0]), torch.randn(2, 5, 128)
+    for look in (unet.look_down, unet.look_middle, unet.look_up):
+        torch.nn.init.zeros_(look.to_text.out.weight)
+    others, last = text.clone(), text.clone()
+    others[:, :-1], last[:, -1] = 3.0, 3.0
+    assert torch.equal(unet(x, t, text), unet(x, t, others))
+    assert not torch.allclose(unet(x, t, text), unet(x, t, last), atol=1e-4)
 
 
 def test_fine_detail_reaches_the_output_by_the_first_skip():
@@ -129,8 +141,20 @@ def test_batches_drop_captions_and_spread_times():
         assert (text[:, 0, 0] == 0).float().mean() == pytest.approx(0.1, abs=0.02)
         assert (text[text[:, 0, 0] > 0][:, 0, 0] == (indices + 1)[text[:, 0, 0] > 0]).all()
         middle = ((u > 0.25) & (u < 0.75)).float().mean()
-        assert middle == pytest.approx(0.5 if objective == "noise" else 0.728, abs=0.01)  # P(|normal| < ln 3)
+        # of the flow's times P(|normal| < ln 3), of the others half of the timesteps, none of which is held back
+        assert middle == pytest.approx(0.728 if objective == "flow" else 500 * SHARES.max().item(), abs=0.01)
     assert (batches(encoded, dropout=0.0)(indices, torch.Generator())[3] > 0).all()
+
+
+def test_times_come_as_often_as_min_snr_weighting_would_weigh_them():
+    """The library's own ratios; where it would weigh less than 0.15, that share."""
+    snr = compute_snr(DDIMScheduler(**SCHEDULE), torch.arange(1000))
+    weights = (snr.clamp(max=5) / snr).clamp(min=0.15)
+    assert torch.allclose(SHARES, weights / weights.sum(), rtol=1e-3)
+    encoded = {"latents": torch.zeros(1, 2, 4, 2, 2), "text": torch.zeros(1, 2, 3), "empty": torch.zeros(1, 2, 3)}
+    u = batches(encoded)(torch.zeros(20_000, dtype=torch.long), torch.Generator().manual_seed(0))[2]
+    drawn = torch.bincount((1000 * u).long() // 100, minlength=10) / len(u)
+    assert torch.allclose(drawn, SHARES.view(10, 100).sum(1), atol=1e-3)
 
 
 def test_a_file_keeps_network_and_objective(checkpoint):

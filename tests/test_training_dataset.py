@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from storybook.world import HELD_OUT, parse
-from storybook.write_dataset import training_scenes, write
+from storybook.world import HELD_OUT, SETTINGS, parse
+from storybook.write_dataset import close_ups, in_brief, training_scenes, write
 from training.dataset import encode, read, to_square, to_tensor
 from training.mini import bundled
 
@@ -45,10 +45,23 @@ def test_a_folder_that_was_not_finished_does_not_appear(tmp_path):
     assert len(read(tmp_path / "set")[0]) == 3 and len(list(tmp_path.iterdir())) == 1
 
 
-def test_scenes_of_one_thing_and_no_held_out_pair():
-    scenes = [scene for scene, _ in zip(training_scenes(single=True), range(300), strict=False)]
-    assert {len(scene.things) for scene, _ in scenes} == {1}
-    assert not {(scene.things[0].colour, scene.things[0].kind) for scene, _ in scenes} & HELD_OUT
+def test_close_ups_show_one_large_thing_and_no_withheld_pair(tmp_path):
+    withheld = HELD_OUT | {("red", "boat")}
+    scenes = [scene for scene, _ in zip(close_ups(withheld), range(600), strict=False)]
+    things = [thing for scene in scenes for thing in scene.things]
+    assert len(things) == len(scenes) and {(thing.size, thing.position) for thing in things} == {("large", "centre")}
+    assert len({(thing.colour, thing.kind) for thing in things} - withheld) == 87 and {s.setting for s in scenes} == {
+        *SETTINGS
+    }
+    assert not {(thing.colour, thing.kind) for thing in things} & withheld
+    other = next(close_ups(withheld, split="exam"))[0], next(close_ups(settings=("snow",)))[0]
+    assert other[0] != scenes[0] and other[1].setting == "snow"
+    write(tmp_path / "set", 3, close_ups(), size=32, say=in_brief)
+    (first, _), said = next(close_ups()), read(tmp_path / "set")[1]
+    seen = parse(said[0])
+    assert (seen.things[0].kind, seen.things[0].colour, seen.setting) == (
+        first.things[0].kind, first.things[0].colour, first.setting)  # fmt: skip
+    assert {thing.size or thing.position for text in said for thing in parse(text).things} == {None}
 
 
 @pytest.mark.parametrize("text, said", [

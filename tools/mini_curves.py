@@ -1,37 +1,38 @@
 """What the small UNet of `training/mini.py` learns and how fast: `python -m tools.mini_curves PART`, in this order.
 
     data          write the folder of pictures, outputs/train/mini-folder
-    noise, flow   train with that objective, then keep the half-trained weights for the page
-    judge         judge what both runs saved on their way: notebooks/data/mini_training.csv
+    noise         train to predict the noise, and keep half-trained weights for the page
+    judge         judge what that run saved on its way: notebooks/data/mini_training.csv
     composition   train on fewer and fewer pairs of colour and thing: notebooks/data/mini_composition.csv
 
-Runs that were interrupted are taken up again. It has not been run at this length yet: 800 steps on 1,200 pictures,
-which took four minutes on two busy x86-64 cores, gave colours and settings but no shapes.
+Runs that were interrupted are taken up again.
 """
 
 import argparse
 import csv
+import hashlib
 import random
 import shutil
 
 from helpers.images import ROOT
 from helpers.metrics import interval
 from storybook.judge import judge, share
-from storybook.sample import held_out_prompts, seen_prompts
+from storybook.sample import close_up_prompts, held_out_prompts
 from storybook.world import COLOURS, HELD_OUT, KINDS, Scene, Thing, caption
-from storybook.write_dataset import training_scenes, write
+from storybook.write_dataset import close_ups, in_brief, write
 from training.loop import RUNS, Schedule
-from training.mini import OBJECTIVES, generate_images_direct
+from training.mini import MODELS, generate_images_direct
 from training.train_mini import train_mini
 
 DATA = ROOT / "notebooks/data"
-FOLDER = RUNS / "mini-folder"
-PICTURES = 4000
-TRAINING = Schedule(steps=6000, batch_size=32, learning_rate=2e-3, ema_decay=0.999, save_every=500)
-HALFWAY = 2500  # the step whose weights the page goes on from
-PROMPTS = 40
+HALF_TRAINED = MODELS / "storybook-mini/model.safetensors"
+FOLDER, RUN = RUNS / "mini-folder", RUNS / "mini-noise"
+PICTURES = 2400
+TRAINING = Schedule(steps=2400, batch_size=32, learning_rate=2e-3, ema_decay=0.998, save_every=300)
+HALFWAY = 900  # the step whose weights the page goes on from
+PROMPTS = 48
 SHARES = (0.1, 0.4, 0.7, 0.85)  # of the 96 pairs, withheld
-COMPOSITION = Schedule(steps=1000, batch_size=32, learning_rate=2e-3, ema_decay=0.99, save_every=1000)
+COMPOSITION = Schedule(steps=500, batch_size=32, learning_rate=2e-3, ema_decay=0.99, save_every=500)
 RIGHT = ("object", "colour", "setting")
 
 
@@ -43,14 +44,11 @@ def draw(path, prompts: list[str]):
     return images
 
 
-def rows_of(path, prompts: dict[str, list[str]], *parts: str) -> dict:
-    """For each sort of prompts the share of pictures with all `parts` right, and its 95 % interval."""
-    row = {}
-    for name, asked in prompts.items():
-        right = share(judge(draw(path, asked), asked), *parts)
-        low, high = interval(right, len(asked))
-        row |= {name: f"{right:.3f}", f"{name}_low": f"{low:.3f}", f"{name}_high": f"{high:.3f}"}
-    return row
+def right_in(images, prompts: list[str], name: str, *parts: str) -> dict:
+    """The share of pictures with all `parts` right, and its 95 % interval."""
+    found = share(judge(images, prompts), *parts)
+    low, high = interval(found, len(prompts))
+    return {name: f"{found:.3f}", f"{name}_low": f"{low:.3f}", f"{name}_high": f"{high:.3f}"}
 
 
 def write_table(name: str, rows: list[dict]) -> None:
@@ -60,19 +58,20 @@ def write_table(name: str, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def judge_runs() -> None:
+def judge_run() -> None:
     """Accuracy against the seconds of training, pairs of the training pictures and `HELD_OUT` ones."""
-    prompts, rows = {"seen": seen_prompts(PROMPTS), "held_out": held_out_prompts(PROMPTS)}, []
-    for objective in OBJECTIVES:
-        run = RUNS / f"mini-{objective}"
-        with (run / "log.csv").open() as file:
-            log = list(csv.DictReader(file))
-        for path in sorted(run.glob("weights-*.safetensors")):
-            step = int(path.stem.split("-")[1])
-            loss = sum(float(row["loss"]) for row in log[step - 100 : step]) / 100
-            row = {"objective": objective, "step": step, "seconds": log[step - 1]["seconds"], "loss": f"{loss:.4f}"}
-            rows.append(row | rows_of(path, prompts, *RIGHT) | {"n": PROMPTS})
-            print(rows[-1], flush=True)
+    prompts, rows = {"seen": close_up_prompts(PROMPTS), "held_out": held_out_prompts(PROMPTS)}, []
+    with (RUN / "log.csv").open() as file:
+        log = list(csv.DictReader(file))
+    for path in sorted(RUN.glob("weights-*.safetensors")):
+        step = int(path.stem.split("-")[1])
+        loss = sum(float(row["loss"]) for row in log[step - 100 : step]) / 100
+        row = {"step": step, "seconds": log[step - 1]["seconds"], "loss": f"{loss:.4f}"}
+        for name, asked in prompts.items():
+            row |= right_in(draw(path, asked), asked, name, *RIGHT)
+        row |= {"n": PROMPTS, "weights": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
+        rows.append(row)
+        print(row, flush=True)
     write_table("mini_training.csv", rows)
 
 
@@ -89,15 +88,6 @@ def withheld(count: int) -> set[tuple[str, str]]:
     return gone
 
 
-def plain_scenes(gone: set[tuple[str, str]]):
-    """One large thing before a plain wall, of pairs that are not withheld, without end."""
-    left = sorted({(colour, kind) for colour in COLOURS for kind in KINDS} - gone)
-    rng = random.Random("plain scenes")
-    while True:
-        colour, kind = rng.choice(left)
-        yield Scene((Thing(kind, colour, "large", "centre"),), "plain"), rng
-
-
 def compose() -> None:
     """Train a model from nothing for each share of withheld pairs; all are asked for the pairs in `HELD_OUT`."""
     rows, rng = [], random.Random("composition prompts")
@@ -105,20 +95,18 @@ def compose() -> None:
         gone = withheld(round(portion * len(COLOURS) * len(KINDS)))
         name = f"mini-without-{len(gone)}"
         if not (RUNS / f"{name}-folder").exists():
-            write(RUNS / f"{name}-folder", 480, plain_scenes(gone))
+            write(RUNS / f"{name}-folder", 480, close_ups(gone, ("plain",)), say=in_brief)
         train_mini(RUNS / f"{name}-folder", name, "noise", COMPOSITION)
         left = sorted({(colour, kind) for colour in COLOURS for kind in KINDS} - gone)
         pairs = {
             "seen": [rng.choice(left) for _ in range(PROMPTS)],
             "held_out": [sorted(HELD_OUT)[k % len(HELD_OUT)] for k in range(PROMPTS)],
         }
-        prompts = {
-            sort: [caption(Scene((Thing(kind, colour, "large", "centre"),), "plain")) for colour, kind in asked]
-            for sort, asked in pairs.items()
-        }
-        path = RUNS / name / f"weights-{COMPOSITION.steps:06d}.safetensors"
         rows.append({"withheld": len(gone), "pairs": len(gone) + len(left), "n": PROMPTS})
-        rows[-1] |= rows_of(path, prompts, "object", "colour")
+        for sort, asked in pairs.items():
+            prompts = [caption(Scene((Thing(kind, colour),), "plain")) for colour, kind in asked]
+            path = RUNS / name / f"weights-{COMPOSITION.steps:06d}.safetensors"
+            rows[-1] |= right_in(draw(path, prompts), prompts, sort, "object", "colour")
         print(rows[-1], flush=True)
     write_table("mini_composition.csv", rows)
 
@@ -126,15 +114,15 @@ def compose() -> None:
 def main() -> None:
     """One part of the whole."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("data", *OBJECTIVES, "judge", "composition"))
+    parser.add_argument("part", choices=("data", "noise", "judge", "composition"))
     part = parser.parse_args().part
     if part == "data":
-        write(FOLDER, PICTURES, training_scenes(single=True))
-    elif part in OBJECTIVES:
-        run = train_mini(FOLDER, f"mini-{part}", part, TRAINING)
-        shutil.copy(run / f"weights-{HALFWAY:06d}.safetensors", DATA / f"mini_{part}.safetensors")
+        write(FOLDER, PICTURES, close_ups(), say=in_brief)
+    elif part == "noise":
+        run = train_mini(FOLDER, RUN.name, "noise", TRAINING)
+        shutil.copy(run / f"weights-{HALFWAY:06d}.safetensors", HALF_TRAINED)
     elif part == "judge":
-        judge_runs()
+        judge_run()
     else:
         compose()
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from training.loop import precision
 from training.mini import embed
 
 
@@ -97,7 +98,7 @@ def encode(
         parts = {"latents": [], "text": [], "empty": [embed([""], text_encoder, tokenizer)]}
         for start in range(0, len(paths), 32):
             pixels = to_tensor([to_square(path, size) for path in paths[start : start + 32]])
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(vae.device.type, torch.bfloat16, enabled=precision() == "bf16"):
                 posterior = vae.encode(pixels.to(vae.device)).latent_dist
             parts["latents"].append(torch.stack([posterior.mean, posterior.std], 1) * vae.config.scaling_factor)
             parts["text"].append(embed(captions[start : start + 32], text_encoder, tokenizer))
