@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from helpers.images import ROOT
 from storybook.sample import seen_prompts
-from storybook.write_dataset import training_scenes, write
+from storybook.write_dataset import close_ups, in_brief, write
 from training.dataset import encode, read, to_square, to_tensor
 from training.loop import Schedule, choose_attention_kernel, make_accelerator, train
 from training.mini import ALPHA_BAR, Denoising, UNet, batches, bundled
@@ -125,7 +125,7 @@ def compare(model: str, steps: int, rounds: int) -> None:
     """A B A B: both ways in turn, each in a fresh process, and the ratio of their speeds in each round."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "pictures"
-        write(folder, PICTURES, training_scenes(single=True))
+        write(folder, PICTURES, close_ups(), say=in_brief)
         for index in range(rounds):
             found = {}
             for way in WAYS:
