@@ -1,9 +1,9 @@
-"""How fast from_scratch is, plain and fast, and how much memory it takes, next to diffusers:
+"""How fast from_scratch is, and how much memory it takes, next to diffusers:
 
     python -m benchmarks.from_scratch
 
-Stable Diffusion 1.5 at full size with random weights, and four blocks of 3.5 Medium's MMDiT-X. The sides work in turn,
-A B C C B A, in one process, so that whatever else the machine does slows all; a ratio is the median of the rounds'
+Stable Diffusion 1.5 at full size with random weights, and four blocks of 3.5 Medium's MMDiT-X. The two work in turn,
+A B B A, in one process, so that whatever else the machine does slows all; a ratio is the median of the rounds'
 ratios to diffusers, below 1 where from_scratch takes less. Loading time and peak memory are each measured in a process
 of its own. Prints Markdown, each row when it is known, one call of the UNet at 512x512 first. On two cores this takes
 about an hour and 12 GB of memory (--parts takes some of it); --cpu-time is for cores that have other work too; --cuda
@@ -33,7 +33,7 @@ import torch  # noqa: E402
 PROMPT = "a red boat by the sea"
 PARTS = ("sd15", "sd35", "picture", "loading")  # calls of 1.5's networks, of 3.5's, whole pictures, files and memory
 clock = time.perf_counter
-SIDES = ("plain", "fast", "diffusers")  # the first two are from_scratch
+SIDES = ("from_scratch", "diffusers")
 
 
 def seconds(work: Callable) -> float:
@@ -55,12 +55,10 @@ def in_turn(work: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
 
 
 def row(name: str, found: dict[str, list[float]], unit: str = "s") -> None:
-    """The medians of all sides, and of the ratios to diffusers; a side that was not measured is left out."""
-    cells = [f"{statistics.median(found[side]):.3g} {unit}" if side in found else "" for side in SIDES]
-    for side in SIDES[:-1]:
-        ratios = [a / b for a, b in zip(found[side], found["diffusers"], strict=True)] if side in found else []
-        cells.append(f"{statistics.median(ratios):.2f}" if ratios else "")
-    print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    """The medians of both sides, and of the ratios."""
+    cells = [f"{statistics.median(found[side]):.3g} {unit}" for side in SIDES]
+    ratios = [ours / theirs for ours, theirs in zip(*(found[side] for side in SIDES), strict=True)]
+    print(f"| {' | '.join([name, *cells, f'{statistics.median(ratios):.2f}'])} |", flush=True)
 
 
 def rates(quick: bool) -> dict[str, float]:
@@ -106,10 +104,12 @@ def sd15(folder: Path, device: str, dtype: torch.dtype, quick: bool, repeats: in
 
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype).to(device).eval()
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype).to(device).eval()
-    ours = {side: load(folder, dtype=dtype, device=device, fast=side == "fast") for side in sides(device)[:-1]}
-    unets = {side: sd.unet for side, sd in ours.items()} | {"diffusers": unet}
-    decoders = {side: sd.vae.decode for side, sd in ours.items()}
-    decoders["diffusers"] = lambda z: vae.decode(z / vae.config.scaling_factor).sample
+    ours = load(folder, dtype=dtype, device=device)
+    unets = {"from_scratch": ours.unet, "diffusers": unet}
+    decoders = {
+        "from_scratch": ours.vae.decode,
+        "diffusers": lambda z: vae.decode(z / vae.config.scaling_factor).sample,
+    }
     context_channels, kind = unet.config.cross_attention_dim, str(dtype).removeprefix("torch.")
 
     def latents(pictures: int, size: int) -> torch.Tensor:
@@ -127,7 +127,7 @@ def sd15(folder: Path, device: str, dtype: torch.dtype, quick: bool, repeats: in
         work, speed = operations(unet, x, context), rates(quick)
         floors = ", ".join(f"{work / rate:.3g} s at the rate of a {name}" for name, rate in speed.items())
         note = f"the least time for the first row's {work:,.3g} billion operations: {floors}"
-        print(f"| {note} | | | | | |", flush=True)
+        print(f"| {note} | | | |", flush=True)
 
 
 def sd35(device: str, dtype: torch.dtype, quick: bool, repeats: int) -> None:
@@ -140,7 +140,7 @@ def sd35(device: str, dtype: torch.dtype, quick: bool, repeats: int) -> None:
     theirs = mmdit(quick, layers=4, dual=2).to(device, dtype)
     mine, config = ours("transformer", theirs), theirs.config
     networks = {
-        "plain": mine,
+        "from_scratch": mine,
         "diffusers": lambda x, t, context, pooled: theirs(x, context, pooled, t).sample,
     }
     context = torch.randn(2, 333, config.joint_attention_dim, device=device, dtype=dtype)
@@ -153,17 +153,12 @@ def sd35(device: str, dtype: torch.dtype, quick: bool, repeats: int) -> None:
         calls(name, networks, (x, t, context, pooled), repeats, warm=size == 512)
 
 
-def sides(device: str) -> tuple[str, ...]:
-    """Which of SIDES there are: the fast form is for the CPU alone."""
-    return SIDES if device == "cpu" else tuple(side for side in SIDES if side != "fast")
-
-
 def drawer(folder: Path, device: str, dtype: torch.dtype, side: str) -> Callable:
     """A function that draws a picture with DDIM in so many steps."""
     if side != "diffusers":
         from from_scratch import load
 
-        sd = load(folder, dtype=dtype, device=device, fast=side == "fast")
+        sd = load(folder, dtype=dtype, device=device)
         return lambda steps: sd.generate(PROMPT, steps=steps, seed=0, sampler="ddim")
     from diffusers import StableDiffusionPipeline
 
@@ -178,7 +173,7 @@ def child(task: str, side: str, folder: Path) -> None:
         import from_scratch
 
         def read():
-            return from_scratch.load(folder, fast=side == "fast")
+            return from_scratch.load(folder)
     else:
         from diffusers import StableDiffusionPipeline
 
@@ -267,10 +262,7 @@ def main() -> None:
 def measure(folder: Path, parts: Sequence[str], quick: bool, cuda: bool, repeats: int) -> None:
     """The measurements of these PARTS, as a Markdown table; `cuda`: those of the GPU alone."""
     size, what = "512x512" if not quick else "quick", "CPU time" if clock is time.process_time else ""
-    print(
-        f"{machine()}\n\n| {what} | {' | '.join(SIDES)} | plain / diffusers | fast / diffusers |\n|{'---|' * 6}",
-        flush=True,
-    )
+    print(f"{machine()}\n\n| {' | '.join([what, *SIDES, 'ratio'])} |\n|{'---|' * 4}", flush=True)
     kinds = [] if cuda else [("cpu", torch.float32)]
     if torch.cuda.is_available():
         kinds += [("cuda", torch.float32), ("cuda", torch.float16), ("cuda", torch.bfloat16)]
@@ -282,7 +274,7 @@ def measure(folder: Path, parts: Sequence[str], quick: bool, cuda: bool, repeats
         if "picture" not in parts:
             continue
         steps = 2 if quick else 20
-        draw = {side: drawer(folder, device, dtype, side) for side in sides(device)}
+        draw = {side: drawer(folder, device, dtype, side) for side in SIDES}
         in_turn({side: partial(function, 1) for side, function in draw.items()}, 1)
         rounds = repeats if quick or device != "cpu" else 1  # each takes minutes
         found = in_turn({side: partial(function, steps) for side, function in draw.items()}, rounds)

@@ -3,8 +3,8 @@
 
 The weights are random. 1.5 takes some minutes on two cores and about 8 GB of memory, 3.5 Medium a quarter of an hour
 and 12 GB, since both sides share the weights of its MMDiT; less with --layers. Prints the largest relative
-difference of every part as a Markdown table, for 1.5 plain and fast; ends with an error if one is above 1e-5. With
---quick, at a hundredth of the size.
+difference of every part as a Markdown table; ends with an error if one is above 1e-5. With --quick, at a hundredth of
+the size.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from benchmarks.models import mmdit, parts, randomise
-from from_scratch import checkpoint, checkpoint_sd3, fast_cpu
+from from_scratch import checkpoint, checkpoint_sd3
 from from_scratch.files import Entry
 from from_scratch.mmdit import position_table
 
@@ -173,7 +173,7 @@ def main() -> int:
     parser.add_argument("--sd35", action="store_true", help="Stable Diffusion 3.5 Medium")
     parser.add_argument("--layers", type=int, default=24, help="of the 24 blocks of 3.5's MMDiT only the first ones")
     arguments = parser.parse_args()
-    quick, forms = arguments.quick, ("plain",) if arguments.sd35 else ("plain", "fast")
+    quick = arguments.quick
     torch.manual_seed(0)
     compare = sd35(quick, arguments.layers) if arguments.sd35 else sd15(quick)
     print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__}")
@@ -185,11 +185,9 @@ def main() -> int:
             theirs = make()
             parameters = sum(w.numel() for w in theirs.parameters())
             mine = ours(part, theirs)
-            for form in forms:
-                mine = fast_cpu.speed_up(mine) if form == "fast" else mine
-                for name, value in function(mine, theirs, quick).items():
-                    print(f"| {name}, {form} | {parameters:,} | {value:.1e} |", flush=True)
-                    worst = max(worst, value)
+            for name, value in function(mine, theirs, quick).items():
+                print(f"| {name} | {parameters:,} | {value:.1e} |", flush=True)
+                worst = max(worst, value)
             del mine, theirs
             gc.collect()
     print(f"\nThe largest is {worst:.1e}; {TOLERANCE:.0e} is allowed.")

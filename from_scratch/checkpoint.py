@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from torch import nn
 
 from from_scratch.clip import CLIPTextEncoder
-from from_scratch.fast_cpu import speed_up
 from from_scratch.files import CheckpointError, Entries, part_entries, read_json
 from from_scratch.pipeline import StableDiffusion
 from from_scratch.tokenizer import Tokenizer
@@ -247,17 +246,17 @@ def fill(module: nn.Module, entries: Entries, dtype: torch.dtype, device: torch.
         if not read.is_floating_point():
             raise ValueError(f"{name} holds {read.dtype} numbers, which only its own program can read")
         # A copy, since at the odd addresses of a mapped file sums of the same weights may differ by a bit.
-        state[name] = torch.empty_like(tensor, dtype=dtype, device=device).copy_(read.reshape(tensor.shape))
+        state[name] = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(read.reshape(tensor.shape))
     module.load_state_dict(state, assign=True)
     return module.eval()
 
 
-def build(path: Path, part: str, make: Callable, entries: Entries, settings: dict, dtype, device, fast) -> nn.Module:
+def build(path: Path, part: str, make: Callable, entries: Entries, settings: dict, dtype, device) -> nn.Module:
     """One part, by its `make(entries, settings)`. Raises CheckpointError if it cannot be."""
     try:
         with torch.device("meta"):
             module = make(entries, settings)
-        return fill(speed_up(module) if fast and device.type == "cpu" else module, entries, dtype, device)
+        return fill(module, entries, dtype, device)
     except (LookupError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         reason = "there is no " * isinstance(error, KeyError) + str(error).partition("\n")[0].rstrip(".")
         raise CheckpointError(f"The {part} in {path} cannot be loaded: {reason}.") from None
@@ -280,12 +279,12 @@ def own_size(folder: Path | None, settings: dict, default: int, factor: int) -> 
     return size[0] * factor, size[1] * factor
 
 
-def load(path: Path, entries: Entries | None, folder: Path | None, dtype, device, fast: bool) -> StableDiffusion:
+def load(path: Path, entries: Entries | None, folder: Path | None, dtype, device) -> StableDiffusion:
     """A StableDiffusion 1.x from the folder `path`, or from `entries` of a single file; `folder` has the settings."""
     parts = read_single_file(path, entries) if entries is not None else read_folder(path)
     settings = read_settings(folder, REQUIRED, EXPECTED) if folder else dict.fromkeys(PARTS, {})
     makers = {"text_encoder": make_text_encoder, "vae": make_vae, "unet": make_unet}
-    made = {p: build(path, p, make, parts[p], settings[p], dtype, device, fast) for p, make in makers.items()}
+    made = {p: build(path, p, make, parts[p], settings[p], dtype, device) for p, make in makers.items()}
     text_encoder, vae, unet = made.values()
     latents, channels = vae.latent_channels, text_encoder.token_embedding.embedding_dim
     found = (unet.conv_in.in_channels, unet.conv_out.out_channels, unet.context_channels)

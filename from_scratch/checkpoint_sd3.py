@@ -229,7 +229,7 @@ def check_sizes(path: Path, transformer: MMDiT, latents: int, encoders: list) ->
         raise CheckpointError(f"The two CLIPs in {path} read different numbers of tokens.")
 
 
-def load(path: Path, entries: Entries | None, folder: Path | None, dtype, device, fast: bool) -> StableDiffusion3:
+def load(path: Path, entries: Entries | None, folder: Path | None, dtype, device) -> StableDiffusion3:
     """A StableDiffusion3 from the folder `path`, or from `entries` of a single file; `folder` has the settings."""
     parts = read_folder(path) if entries is None else read_single_file(path, entries, folder)
     settings = SETTINGS
@@ -241,7 +241,7 @@ def load(path: Path, entries: Entries | None, folder: Path | None, dtype, device
     made = dict.fromkeys(PARTS)
     for part, make in makers.items():
         if parts[part]:
-            made[part] = build(path, part, make, parts[part], settings[part], dtype, device, fast and part == "vae")
+            made[part] = build(path, part, make, parts[part], settings[part], dtype, device)
     encoders, vae, transformer = [made[part] for part in ENCODERS], made["vae"], made["transformer"]
     check_sizes(path, transformer, vae.latent_channels, encoders)
     tokenizers = [None, None, None]

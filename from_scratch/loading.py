@@ -11,14 +11,13 @@ from from_scratch.pipeline_sd3 import StableDiffusion3
 
 
 def load(
-    path: str | Path, config: str | Path | None = None, dtype=torch.float32, device="cpu", fast: bool = True
+    path: str | Path, config: str | Path | None = None, dtype=torch.float32, device="cpu"
 ) -> StableDiffusion | StableDiffusion3:
     """Stable Diffusion 1.x, 3 or 3.5 of any width and depth, from a diffusers folder or an original single file.
 
     A single file has neither tokenizers nor the numbers of heads and groups, and of 3 and 3.5 often no text encoders:
     `config` is a folder in the layout of diffusers to take them from; without, the numbers are SD1.5's and SD3.5's.
-    `dtype` is what the weights become. `fast` takes the layers of `fast_cpu` on a CPU, False the plain ones there too.
-    Raises CheckpointError, one sentence.
+    `dtype` is what the weights become. Raises CheckpointError, one sentence.
     """
     path, device = Path(path), torch.empty(0, device=device).device
     if not path.exists():
@@ -30,4 +29,4 @@ def load(
         entries = read_weights(path)
         is_sd3 = any(name.startswith(f"{checkpoint_sd3.PARTS['transformer']}joint_blocks.") for name in entries)
     folder = Path(config) if config else path if path.is_dir() else None
-    return (checkpoint_sd3 if is_sd3 else checkpoint).load(path, entries, folder, dtype, device, fast)
+    return (checkpoint_sd3 if is_sd3 else checkpoint).load(path, entries, folder, dtype, device)

@@ -6,7 +6,6 @@ import pickle
 import shutil
 import warnings
 
-import numpy as np
 import pytest
 import random_sd
 import torch
@@ -116,19 +115,6 @@ def test_half_precision_on_disk_and_in_memory(theirs, folder, copy):
         made = from_scratch.load(copy, dtype=dtype)
         assert {w.dtype for part in (made.unet, made.vae, made.text_encoder) for w in part.parameters()} == {dtype}
     assert made.generate("a boat", steps=2, seed=0).size == (64, 64)
-
-
-def test_fast_is_chosen_once(folder):
-    """On a CPU, unless it is refused; elsewhere never. Either draws the same."""
-    fast, plain, elsewhere = (from_scratch.load(folder, **kw) for kw in ({}, {"fast": False}, {"device": "meta"}))
-    for sd, is_fast in ((fast, True), (plain, False), (elsewhere, False)):
-        kinds = {type(m).__module__ for part in (sd.unet, sd.vae) for m in part.modules()}
-        assert ("from_scratch.fast_cpu" in kinds) == is_fast
-        weight = sd.unet.down_blocks[0].resnets[0].conv1.weight
-        assert weight.is_contiguous(memory_format=torch.channels_last if is_fast else torch.contiguous_format)
-    assert same(fast, plain)
-    pictures = [np.asarray(sd.generate("a boat", steps=3, seed=0), dtype=int) for sd in (fast, plain)]
-    assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
 # What cannot be loaded: one clear sentence each.

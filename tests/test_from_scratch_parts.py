@@ -7,7 +7,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 
 from benchmarks.parity_full import difference, ours
-from from_scratch import attention, fast_cpu, layers
+from from_scratch import attention, layers
 from from_scratch.unet import timestep_embedding
 
 TOLERANCE = 1e-5
@@ -165,56 +165,9 @@ def test_gradients_are_those_of_diffusers(unets):
         theirs.zero_grad()
 
 
-@pytest.fixture(scope="module")
-def fast():
-    """The three parts again, plain and fast, with the same weights."""
-    theirs = {"unet": random_sd.unet(), "vae": random_sd.vae(), "text_encoder": random_sd.text_encoder(300)}
-    return {part: (ours(part, one), fast_cpu.speed_up(ours(part, one))) for part, one in theirs.items()}
-
-
-@pytest.mark.parametrize("size", [(8, 8), (32, 40), (9, 13)])
-def test_fast_is_plain(fast, size):
-    """Large enough for every fast form, too small for some, and odd."""
-    x, context, tokens = torch.randn(2, 4, *size), torch.randn(2, 77, 64), torch.randint(0, 300, (2, 77))
-    for part, run in {
-        "unet": lambda m: m(x, 261, context),
-        "vae decoder": lambda m: m.decode(x[:1, :, :9, :12]),
-        "vae encoder": lambda m: m.encode(x[:1, :3].repeat(1, 1, 4, 4)),
-        "text_encoder": lambda m: m(tokens),
-    }.items():
-        plain, quick = fast[part.split()[0]]
-        assert difference(run(quick), run(plain)) < TOLERANCE
-        with torch.enable_grad():  # where the fast forms step back
-            assert difference(run(quick).detach(), run(plain).detach()) < TOLERANCE
-
-
-def test_fast_replaces_what_it_should(fast):
-    plain, quick = fast["unet"]
-    kinds = {type(m) for m in quick.modules()} - {type(m) for m in plain.modules()}
-    assert kinds == {fast_cpu.GroupNorm, fast_cpu.Upsample}
-    assert quick.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    assert type(plain.conv_norm_out) is torch.nn.GroupNorm and plain.conv_in.weight.is_contiguous()
-
-
-@pytest.mark.parametrize("size, mean", [((24, 24), 30), ((512, 512), 3), ((1, 1), 0), ((70, 130), 0)])
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_group_norm_is_precise(size, mean, layout):
-    """PyTorch's own is 3e-5 off for a picture of 512x512 in channels-last memory."""
-    norm = fast_cpu.GroupNorm(2, 8, eps=1e-6)
-    norm.weight.copy_(torch.rand(8) + 0.5)
-    norm.bias.copy_(torch.randn(8))
-    x = (torch.randn(2, 8, *size) + mean).to(memory_format=layout)
-    kept = x.clone()
-    expected = torch.nn.functional.group_norm(x.double(), 2, norm.weight.double(), norm.bias.double(), 1e-6)
-    assert difference(norm(x).double(), expected) < 5e-6
-    assert torch.equal(x, kept)
-
-
-@pytest.mark.parametrize("kind", [layers.Upsample, fast_cpu.Upsample])
-@pytest.mark.parametrize("size", [(33, 40), (8, 8)])  # large enough for the shortcut, and not
-def test_upsampling_is_nearest_then_a_convolution(kind, size):
-    layer = kind(12)
-    x = torch.randn(1, 12, *size).to(memory_format=torch.channels_last)
+def test_upsampling_is_nearest_then_a_convolution():
+    layer, size = layers.Upsample(12), (9, 14)
+    x = torch.randn(1, 12, *size)
     expected = layer.conv(torch.nn.functional.interpolate(x, scale_factor=2.0))
     assert difference(layer(x), expected) < TOLERANCE
     odd = (2 * size[0] - 1, 2 * size[1])
