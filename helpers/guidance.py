@@ -1,18 +1,20 @@
 """The denoising loop with the guidance left open: what is done with the two predictions is a function of your own."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import diffusers
 import torch
 
-from helpers.schedulers import make
+from helpers.editing import Walk, texts
 
 
 class Step(NamedTuple):
-    """What a guide gets to see at one step. Predictions of noise and latents are (B, C, h, w)."""
+    """What a guide gets to see at one step. Predictions (noise, or a flow's velocity) and latents are (B, C, h, w)."""
 
     cond: torch.Tensor  # the prediction with the prompt
     empty: torch.Tensor  # with the negative prompt, which is empty unless said otherwise
@@ -20,7 +22,7 @@ class Step(NamedTuple):
     x: torch.Tensor  # the noisy latents, a * clean + b * noise
     a: float
     b: float
-    sigma: float  # b / a, the noise level now
+    sigma: float  # b / a, the noise level now; infinite where a flow begins, for nothing of the picture is there
     low: float  # and after this step
     share: float  # of the steps that are done, 0 up to 1
 
@@ -42,47 +44,47 @@ class Drawn(NamedTuple):
 
 @torch.no_grad()
 def denoise(
-    pipe: diffusers.StableDiffusionPipeline,
+    pipe: diffusers.DiffusionPipeline,
     prompts: list[str],
     noise: torch.Tensor,
     guide: Guide,
     steps: int,
     negative: str = "",
-    weaken: Callable[[torch.nn.Module], AbstractContextManager[torch.nn.Module]] | None = None,
+    weaken: Callable[[torch.nn.Module], AbstractContextManager[Callable]] | None = None,
 ) -> Drawn:
-    """DDIM from `noise` (B, C, h, w), one prompt each, for a model that predicts noise.
+    """From `noise` (B, C, h, w), one prompt each: DDIM for a model that predicts noise, Euler along a flow's velocity.
 
-    `guide` makes of each `Step` the noise that is followed. `weaken(unet)` is a context manager that gives the weakened
-    network, which is asked too, with the prompt.
+    `guide` makes of each `Step` the prediction that is followed. `weaken(network)` is a context manager that gives the
+    weakened network, which is asked too, with the prompt.
 
     The *effective scale* says how far the guide went along the difference of the two predictions, whatever else it did:
     the sum of <guided - empty, cond - empty> over all steps, divided by that of |cond - empty|^2. Of `cfg(w)` it is w.
+    A step in which the guide answers nothing but zeros, and a flow stands still, does not count.
     """
-    cond, empty = pipe.encode_prompt(prompts, pipe.device, 1, True, negative_prompt=[negative] * len(prompts))
-    scheduler = make("DDIMScheduler", pipe.scheduler.config)
-    scheduler.set_timesteps(steps)
+    network, walk = _network(pipe), Walk(pipe.scheduler, steps)
+    text = texts(pipe, prompts, negative)
+    asked_text = {name: both.chunk(2)[1] for name, both in text.items()}
     along, length = torch.zeros(2, len(prompts))
-    x = noise.to(pipe.device, pipe.unet.dtype)
-    for k, t in enumerate(scheduler.timesteps):
-        both = pipe.unet(torch.cat([x, x]), t, encoder_hidden_states=torch.cat([empty, cond])).sample
+    x = noise.to(next(iter(text.values())).device, network.dtype)  # where the network is asked, under every plan
+    for k, t in enumerate(walk.times):
+        times = torch.full((2 * len(x),), t, device=x.device)
+        empty, cond = network(torch.cat([x, x]), timestep=times, **text).sample.chunk(2)
         weak = None
         if weaken is not None:
-            with weaken(pipe.unet) as network:
-                weak = network(x, t, encoder_hidden_states=cond).sample
-        before = t - scheduler.config.num_train_timesteps // steps
-        left, later = scheduler.alphas_cumprod[t], scheduler.final_alpha_cumprod
-        later = scheduler.alphas_cumprod[before] if before >= 0 else later
-        sigma, low = ((1 - left) / left).sqrt().item(), ((1 - later) / later).sqrt().item()
-        asked_empty, asked_cond = both.chunk(2)
-        step = Step(
-            asked_cond, asked_empty, weak, x, left.sqrt().item(), (1 - left).sqrt().item(), sigma, low, k / steps
-        )
-        guided = guide(step)
-        difference = (step.cond - step.empty).float().flatten(1)
-        along += ((guided - step.empty).float().flatten(1) * difference).sum(1).cpu()
-        length += difference.square().sum(1).cpu()
-        x = scheduler.step(guided, t, x).prev_sample
+            with weaken(network) as weakened:
+                weak = weakened(x, timestep=times[: len(x)], **asked_text).sample
+        sigma, low = (walk.b[j] / walk.a[j] if walk.a[j] else math.inf for j in (k, k + 1))
+        guided = guide(Step(cond, empty, weak, x, walk.a[k], walk.b[k], sigma, low, k / steps))
+        difference = (cond - empty).float().flatten(1)
+        moves = guided.flatten(1).any(1)
+        along += (moves * ((guided - empty).float().flatten(1) * difference).sum(1)).cpu()
+        length += (moves * difference.square().sum(1)).cpu()
+        x = walk.mix(*walk.split(x, guided, k), k + 1)
     return Drawn(x, along / length)
+
+
+def _network(pipe: diffusers.DiffusionPipeline) -> torch.nn.Module:
+    return getattr(pipe, "unet", None) or pipe.transformer
 
 
 class _Identity:
@@ -106,6 +108,11 @@ def without_attention(unet: torch.nn.Module) -> Iterator[torch.nn.Module]:
             layer.processor = processor
 
 
+def without_layers(layers: list[int]) -> Callable[[torch.nn.Module], AbstractContextManager[Callable]]:
+    """For `weaken`: Stable Diffusion 3's transformer with these blocks left out, as skip-layer guidance asks it."""
+    return lambda transformer: nullcontext(partial(transformer, skip_layers=layers))
+
+
 def noised_copy(network: torch.nn.Module, share: float = 0.1, seed: int = 0) -> torch.nn.Module:
     """A copy with Gaussian noise in every weight, `share` times as strong as the tensor's own spread.
 
@@ -120,8 +127,8 @@ def noised_copy(network: torch.nn.Module, share: float = 0.1, seed: int = 0) -> 
     return worse
 
 
-def start_noise(pipe: diffusers.StableDiffusionPipeline, seeds: list[int]) -> torch.Tensor:
+def start_noise(pipe: diffusers.DiffusionPipeline, seeds: list[int]) -> torch.Tensor:
     """The noise that the pipeline draws for these seeds, (len(seeds), C, h, w): a CPU generator for each."""
-    size = pipe.unet.config.sample_size
-    shape = (1, pipe.unet.config.in_channels, size, size)
+    config = _network(pipe).config
+    shape = (1, config.in_channels, config.sample_size, config.sample_size)
     return torch.cat([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])

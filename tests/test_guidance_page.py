@@ -11,10 +11,10 @@ import pytest
 import tiny
 import torch
 from diffusers import DDIMScheduler
-from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.guiders import ClassifierFreeGuidance, ClassifierFreeZeroStarGuidance
 from PIL import Image
 
-from helpers.guidance import cfg, denoise, noised_copy, start_noise, without_attention
+from helpers.guidance import Step, cfg, denoise, noised_copy, start_noise, without_attention, without_layers
 from helpers.mixture import Mixture, example, sliced_wasserstein
 from helpers.pipelines import Model, load
 from helpers.schedulers import make
@@ -102,12 +102,13 @@ def rows(**wanted) -> list[dict]:
         return [row for row in csv.DictReader(file) if wanted.items() <= row.items()]
 
 
-def test_the_table_belongs_to_the_weights():
-    found = guidance_curves.check_rows(load("storybook-sd"), 12)
-    for (*_, metric, mean, _low, _high, n), row in zip(found, rows(part="check"), strict=True):
+@pytest.mark.parametrize("model", guidance_curves.JOBS)
+def test_the_table_belongs_to_the_weights(model):
+    found = guidance_curves.check_rows(load(model), 12)
+    for (*_, metric, mean, _low, _high, n), row in zip(found, rows(model=model, part="check"), strict=True):
         assert metric == row["metric"] and n == int(row["n"])
         assert mean == pytest.approx(float(row["mean"]), rel=0.02, abs=0.01), (
-            "run python -m tools.guidance_curves again"
+            f"other weights than the table's: python -m tools.guidance_curves --model {model}, then notebook 04"
         )
 
 
@@ -132,14 +133,14 @@ def test_what_the_table_has_is_what_the_page_says():
         )
 
 
-METHODS = [name for name in guidance_curves.METHODS if name != "cfg"]
+METHODS = [(model, name) for model, all_of in guidance_curves.METHODS.items() for name in all_of if name != "cfg"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_methods_are_compared_at_the_same_effective_scale_on_the_same_pictures(method):
+@pytest.mark.parametrize(("model", "method"), METHODS)
+def test_methods_are_compared_at_the_same_effective_scale_on_the_same_pictures(model, method):
     found = {
         (row["part"], row["metric"]): [float(row[name]) for name in ("mean", "low", "high", "n")]
-        for row in rows(method=method)
+        for row in rows(model=model, method=method)
         if row["part"] in ("method", "plain", "gain")
     }
     assert found["plain", "effective"] == pytest.approx(found["method", "effective"], rel=2e-3)
@@ -150,15 +151,16 @@ def test_methods_are_compared_at_the_same_effective_scale_on_the_same_pictures(m
     assert {("method", "diversity"), ("plain", "diversity"), ("method", "kid"), ("plain", "kid")} <= set(found)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_pages_verdicts_are_the_tables(method):
-    (row,) = rows(part="gain", method=method, metric="right")
+@pytest.mark.parametrize(("model", "method"), METHODS)
+def test_the_pages_verdicts_are_the_tables(model, method):
+    (row,) = rows(model=model, part="gain", method=method, metric="right")
     ends = [float(row[name]) for name in ("mean", "low", "high")]
     name = re.escape(method)
     line = printed(rf"{name} minus plain at its effective scale, right +(-?[\d.]+) \((-?[\d.]+) to (-?[\d.]+)\)")
     assert line == pytest.approx(ends, abs=0.006)
-    (better,) = re.findall(r"clearly more right than plain guidance.*?: +(.*)", PRINTED)
-    (worse,) = re.findall(r"clearly less right: +(.*)", PRINTED)
+    number = list(guidance_curves.METHODS).index(model)  # one list after the other
+    better = re.findall(r"clearly more right than plain guidance.*?: +(.*)", PRINTED)[number]
+    worse = re.findall(r"clearly less right: +(.*)", PRINTED)[number]
     assert (method in better.split(", ")) == (ends[1] > 0) and (method in worse.split(", ")) == (ends[2] < 0)
 
 
@@ -239,6 +241,54 @@ def test_levels_of_a_step(pipe):
         assert torch.allclose(after.x, after.a * clean + after.b * step.cond, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def flow_pipe(tmp_path_factory):
+    folder = tiny.sd3_folder(tmp_path_factory.mktemp("sd3"))
+    return load(Model("tiny", "StableDiffusion3Pipeline", None, 3, 4.0, (PROMPT,), folder=str(folder)))
+
+
+def test_the_loop_of_a_flow_is_the_pipelines(flow_pipe):
+    """Also with a negative prompt, for a batch, and with a block left out on the way."""
+    prompts, noise = [PROMPT, "a blue star"], start_noise(flow_pipe, [3, 4])
+
+    def guide(step):
+        return cfg(5.0)(step) + (2.8 * (step.cond - step.weak) if 0.01 < step.share < 0.5 else 0)
+
+    mine = denoise(flow_pipe, prompts, noise, guide, 6, negative="house", weaken=without_layers([0]))
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in (3, 4)]
+    asked = {"num_inference_steps": 6, "guidance_scale": 5.0, "generator": generators, "output_type": "latent"}
+    theirs = flow_pipe(prompts, negative_prompt=["house"] * 2, skip_guidance_layers=[0],
+                       skip_layer_guidance_stop=0.5, **asked).images  # fmt: skip
+    assert torch.allclose(mine.latents, theirs, atol=1e-4)
+    plain = denoise(flow_pipe, prompts, noise, cfg(5.0), 6, negative="house")
+    assert plain.effective.tolist() == pytest.approx([5.0, 5.0], abs=1e-3) and not torch.allclose(
+        plain.latents, theirs, atol=1e-3
+    )
+
+
+def test_a_step_that_stands_still_moves_nothing_and_does_not_count(flow_pipe):
+    seen = []
+
+    def guide(step):
+        seen.append(step)
+        return torch.zeros_like(step.cond) if step.share == 0 else cfg(3.0)(step)
+
+    found = denoise(flow_pipe, [PROMPT], start_noise(flow_pipe, [0]), guide, 4)
+    assert torch.allclose(seen[0].x, seen[1].x, atol=1e-5) and not torch.allclose(seen[1].x, seen[2].x, atol=1e-5)
+    assert found.effective.item() == pytest.approx(3.0, abs=1e-3)
+    assert seen[0].sigma == math.inf and (seen[0].a, seen[0].b) == (0, 1)
+    assert seen[1].low == pytest.approx(seen[2].sigma, rel=1e-4) and seen[-1].low == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_zero_star_is_the_librarys(share):
+    cond, empty = (torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    guider = ClassifierFreeZeroStarGuidance(6.0)
+    guider.set_state(round(10 * share), 10, torch.tensor(500))
+    mine = guidance_curves.zero_star(Step(cond, empty, None, cond, 0.5, 0.5, 1.0, 0.9, share), 6.0)
+    assert torch.allclose(mine, guider.forward(cond, empty).pred, atol=1e-4)
+
+
 def test_too_few_prompts_are_refused(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["guidance_curves", "--count", "3"])
     with pytest.raises(SystemExit):
@@ -268,7 +318,30 @@ def test_gains_are_taken_picture_by_picture():
 
 
 def test_a_job_replaces_its_own_rows_and_no_others():
-    old = [["check", "rescale", "6"], ["scale", "cfg", "1"], ["method", "cfg", "7"], ["plain", "apg", "7"]]
-    new = [["method", "apg", "9"], ["gain", "apg", "9"]]
-    assert guidance_curves.merged(old, new, ["apg"]) == old[:3] + new
-    assert guidance_curves.merged(old, [["scale", "cfg", "2"]], ["scale"]) == [old[0], ["scale", "cfg", "2"], *old[2:]]
+    sd, sd3 = "storybook-sd", "storybook-sd3"
+    old = [
+        [sd, "check", "rescale", "6"],
+        [sd, "scale", "cfg", "1"],
+        [sd, "method", "cfg", "7"],
+        [sd, "plain", "apg", "7"],
+    ]
+    flow = [[sd3, "method", "cfg", "7"], [sd3, "gain", "slg", "2.8"]]
+    new = [[sd, "method", "apg", "9"], [sd, "gain", "apg", "9"]]
+    assert guidance_curves.merged(old + flow, new, sd, "apg") == old[:3] + new + flow
+    scale = [[sd, "scale", "cfg", "2"]]
+    assert guidance_curves.merged(flow + old, scale, sd, "scale") == [old[0], *scale, *old[2:], *flow]
+    assert guidance_curves.merged(old + flow, [], sd3, "cfg") == old + flow[1:]
+
+
+def test_only_what_is_asked_for_is_computed_again(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(guidance_curves, "load", lambda name: name)
+    jobs = {model: {name: lambda pipe, count, name=name: asked.append((pipe, name)) or [("check", "cfg", 1.0)]
+                    for name in names} for model, names in guidance_curves.JOBS.items()}  # fmt: skip
+    monkeypatch.setattr(guidance_curves, "JOBS", jobs)
+    for more in (["--model", "storybook-sd3"], ["--only", "cfg"]):
+        monkeypatch.setattr("sys.argv", ["guidance_curves", "--out", str(tmp_path / "table.csv"), *more])
+        guidance_curves.main()
+    flow = [("storybook-sd3", name) for name in ("check", "cfg", "slg", "zero*")]
+    assert asked == [*flow, ("storybook-sd", "cfg"), ("storybook-sd3", "cfg")]
+    assert (tmp_path / "table.csv").read_text().splitlines()[1] == "storybook-sd,check,cfg,1"

@@ -1,14 +1,15 @@
-"""What guidance does to storybook-sd: `python -m tools.guidance_curves` writes notebooks/data/guidance.csv for page 04.
+"""What guidance does to storybook-sd and storybook-sd3: `python -m tools.guidance_curves` makes page 04's table.
 
-A row is one number with its 95 % interval, from n pictures (of diversity: n prompts; of kid: n pictures, and 1.96
-standard errors). DDIM, the same prompts and the same noise in every row of a part. Parts of the table:
+That is notebooks/data/guidance.csv. A row is one number with its 95 % interval, from n pictures (of diversity: n
+prompts; of kid: n pictures, and 1.96 standard errors). DDIM, or Euler's steps for storybook-sd3, the same prompts and
+the same noise in every row of a part. Parts of the table:
 
 * check, negative, scale: two pictures for a test; negative prompts; plain guidance at growing scales.
 * method: a method that improves on plain guidance, at one setting of its knob.
 * plain: plain guidance of the same prompts and noise, each picture at the effective scale that the method gave it.
 * gain: the first minus the second, picture by picture, so that what prompts and noise do is out of the interval.
 
-`--only` computes some of it again and leaves the other rows as they are.
+`--model` and `--only` compute some of it again and leave the other rows as they are.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers.guiders.adaptive_projected_guidance import normalized_guidance
+from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from PIL import Image
 
@@ -37,7 +39,15 @@ from helpers.compare import (
     saturation,
 )
 from helpers.generate import decode
-from helpers.guidance import Guide, cfg, denoise, noised_copy, start_noise, without_attention
+from helpers.guidance import (
+    Guide,
+    cfg,
+    denoise,
+    noised_copy,
+    start_noise,
+    without_attention,
+    without_layers,
+)
 from helpers.images import ROOT
 from helpers.pipelines import load
 from storybook.judge import judge
@@ -48,8 +58,9 @@ TABLE = ROOT / "notebooks/data/guidance.csv"
 STEPS = 15
 SCALES = (1, 2, 3, 4, 6, 9, 14)
 BATCH = 20
+SKIPPED = [2]  # blocks of storybook-sd3's four that skip-layer guidance leaves out
 APG = {"eta": 0.0, "use_original_formulation": True}  # the paper's formula, whose scale is ours minus 1
-FIELDS = ("part", "method", "strength", "prompts", "metric", "mean", "low", "high", "n")
+FIELDS = ("model", "part", "method", "strength", "prompts", "metric", "mean", "low", "high", "n")
 
 
 class Method(NamedTuple):
@@ -66,15 +77,23 @@ def worse(unet: torch.nn.Module) -> torch.nn.Module:
     return noised_copy(unet)
 
 
-# "pag" is added to plain guidance of scale 2; "auto" takes the place of plain guidance and asks no empty prompt.
+# Of each model. "pag" and "slg" are added to plain guidance, of scale 2 and 4; "auto" takes the place of plain guidance
+# and asks no empty prompt.
 METHODS = {
-    "cfg": Method(7, cfg),
-    "interval": Method(7, lambda w: lambda s: cfg(w if 0.2 <= s.share < 0.8 else 1)(s)),
-    "rescale": Method(7, lambda w: lambda s: rescale_noise_cfg(cfg(w)(s), s.cond, 0.7)),
-    "cfg++": Method(0.6, lambda w: lambda s: cfg(w * s.sigma / (s.sigma - s.low))(s)),
-    "apg": Method(7, lambda w: lambda s: in_x0(s, partial(normalized_guidance, guidance_scale=w - 1, **APG))),
-    "pag": Method(3, lambda w: lambda s: cfg(2)(s) + w * (s.cond - s.weak), without_attention),
-    "auto": Method(3, lambda w: lambda s: s.weak + w * (s.cond - s.weak), lambda unet: nullcontext(worse(unet))),
+    "storybook-sd": {
+        "cfg": Method(7, cfg),
+        "interval": Method(7, lambda w: lambda s: cfg(w if 0.2 <= s.share < 0.8 else 1)(s)),
+        "rescale": Method(7, lambda w: lambda s: rescale_noise_cfg(cfg(w)(s), s.cond, 0.7)),
+        "cfg++": Method(0.6, lambda w: lambda s: cfg(w * s.sigma / (s.sigma - s.low))(s)),
+        "apg": Method(7, lambda w: lambda s: in_x0(s, partial(normalized_guidance, guidance_scale=w - 1, **APG))),
+        "pag": Method(3, lambda w: lambda s: cfg(2)(s) + w * (s.cond - s.weak), without_attention),
+        "auto": Method(3, lambda w: lambda s: s.weak + w * (s.cond - s.weak), lambda unet: nullcontext(worse(unet))),
+    },
+    "storybook-sd3": {
+        "cfg": Method(7, cfg),
+        "slg": Method(2.8, lambda w: lambda s: skip_layer(s, w), without_layers(SKIPPED)),
+        "zero*": Method(7, lambda w: lambda s: zero_star(s, w)),
+    },
 }
 # (prompt, negative prompt): is what comes out red? The colour that is left unsaid is up to the model.
 NEGATIVES = (
@@ -90,6 +109,19 @@ def in_x0(step, guide: Callable) -> torch.Tensor:
     """The noise that belongs to what `guide` makes of the two guesses of the clean latents."""
     guess = guide(*((step.x - step.b * eps) / step.a for eps in (step.cond, step.empty)))
     return (step.x - step.a * guess) / step.b
+
+
+def skip_layer(step, scale: float) -> torch.Tensor:
+    """Plain guidance of scale 4, and away from the network that lacks a block, at the steps of page 04."""
+    return cfg(4)(step) + (scale * (step.cond - step.weak) if 0.01 < step.share < 0.5 else 0)
+
+
+def zero_star(step, scale: float) -> torch.Tensor:
+    """CFG-Zero* (2503.18886) with one step that stands still."""
+    if step.share == 0:
+        return torch.zeros_like(step.cond)
+    best = cfg_zero_star_scale(step.cond.flatten(1), step.empty.flatten(1)).view(-1, 1, 1, 1)
+    return cfg(scale)(step._replace(empty=best * step.empty))
 
 
 def draw(pipe, prompts: list[str], seeds: list[int], guide: Guide | list[float], **more) -> tuple[list, list[float]]:
@@ -171,7 +203,7 @@ def scale_rows(pipe, count: int) -> list[tuple]:
 
 def method_rows(pipe, count: int, name: str) -> list[tuple]:
     """Rows of the parts "method", "plain" and "gain": `count` easy and as many hard prompts, two seeds each."""
-    strength, guide, weaken = METHODS[name]
+    strength, guide, weaken = METHODS[pipe.model.name][name]
     easy_and_hard = zip(seen_prompts(count), two_thing_prompts(count), strict=True)
     prompts, renders = twice([prompt for pair in easy_and_hard for prompt in pair]), renders_for(count)
     seeds = list(range(1000, 1000 + len(prompts)))
@@ -200,28 +232,31 @@ def negative_rows(pipe, count: int) -> list[tuple]:
 def check_rows(pipe, count: int) -> list[tuple]:
     """Two pictures that a test draws again, so that the table is known to belong to the weights."""
     prompts = seen_prompts(2)
-    images, effective = draw(pipe, prompts, [0, 1], METHODS["rescale"].guide(6))
-    return [("check", "rescale", 6, "easy", *found) for found in measured(images, prompts, effective)]
+    name, scale = CHECKED[pipe.model.name]
+    images, effective = draw(pipe, prompts, [0, 1], METHODS[pipe.model.name][name].guide(scale))
+    return [("check", name, scale, "easy", *found) for found in measured(images, prompts, effective)]
 
 
+CHECKED = {"storybook-sd": ("rescale", 6), "storybook-sd3": ("zero*", 6)}
 JOBS = {
-    "check": check_rows,
-    "negative": negative_rows,
-    "scale": scale_rows,
-    **{name: partial(method_rows, name=name) for name in METHODS},
+    "storybook-sd": {"check": check_rows, "negative": negative_rows, "scale": scale_rows},
+    "storybook-sd3": {"check": check_rows},
 }
+for _model, _methods in METHODS.items():
+    JOBS[_model] |= {_name: partial(method_rows, name=_name) for _name in _methods}
 
 
-def job_of(row: list[str]) -> str:
-    """The name of the job that computes this row of the table."""
-    part, method = row[:2]
-    return part if part in JOBS else method
+def job_of(row: list[str]) -> tuple[str, str]:
+    """The model and the name of the job that compute this row of the table."""
+    model, part, method = row[:3]
+    return model, part if part in JOBS[model] else method
 
 
-def merged(old: list[list[str]], new: list[list[str]], jobs: list[str]) -> list[list[str]]:
-    """The table with the rows of these jobs replaced, in the order of JOBS."""
-    rows = [row for row in old if job_of(row) not in jobs] + new
-    return sorted(rows, key=lambda row: list(JOBS).index(job_of(row)))
+def merged(old: list[list[str]], new: list[list[str]], model: str, job: str) -> list[list[str]]:
+    """The table with the rows of this job replaced, in the order of JOBS."""
+    order = [(model, name) for model, jobs in JOBS.items() for name in jobs]
+    rows = [row for row in old if job_of(row) != (model, job)] + new
+    return sorted(rows, key=lambda row: order.index(job_of(row)))
 
 
 def read(path: Path) -> list[list[str]]:
@@ -248,18 +283,22 @@ def main() -> None:
     """Draw, measure, write; after every job, so that what is done stays when the next one is interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=12, help="prompts of each sort; 10 or more, KID needs as many")
-    parser.add_argument("--only", nargs="+", choices=JOBS, default=list(JOBS), metavar="JOB", help=", ".join(JOBS))
+    parser.add_argument("--model", choices=JOBS, help="by default both")
+    names = list(dict.fromkeys(name for jobs in JOBS.values() for name in jobs))
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="JOB", help=", ".join(names))
     parser.add_argument("--out", type=Path, default=TABLE)
     args = parser.parse_args()
     if args.count < 10:
         parser.error(f"--count {args.count} is too few: KID takes 10 or more.")
-    pipe = load("storybook-sd")
-    for job in args.only:
-        rows = [
-            [f"{one:.4g}" if isinstance(one, float) else str(one) for one in row] for row in JOBS[job](pipe, args.count)
-        ]
-        write(merged(read(args.out), rows, [job]), args.out)
-        print(f"{job}: {len(rows)} rows in {args.out}", flush=True)
+    for model in [args.model] if args.model else JOBS:
+        pipe = load(model)
+        for job in (name for name in args.only if name in JOBS[model]):
+            rows = [
+                [model, *(f"{one:.4g}" if isinstance(one, float) else str(one) for one in row)]
+                for row in JOBS[model][job](pipe, args.count)
+            ]
+            write(merged(read(args.out), rows, model, job), args.out)
+            print(f"{model}, {job}: {len(rows)} rows in {args.out}", flush=True)
 
 
 if __name__ == "__main__":
