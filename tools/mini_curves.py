@@ -30,6 +30,7 @@ FOLDER, RUN = RUNS / "mini-folder", RUNS / "mini-noise"
 PICTURES = 2400
 TRAINING = Schedule(steps=2400, batch_size=32, learning_rate=2e-3, ema_decay=0.998, save_every=300)
 HALFWAY = 900  # the step whose weights the page goes on from
+JUDGED = (300, 600, 900, 1200, 1500, 2400)  # steps
 PROMPTS = 48
 SHARES = (0.1, 0.4, 0.7, 0.85)  # of the 96 pairs, withheld
 COMPOSITION = Schedule(steps=500, batch_size=32, learning_rate=2e-3, ema_decay=0.99, save_every=500)
@@ -59,20 +60,25 @@ def write_table(name: str, rows: list[dict]) -> None:
 
 
 def judge_run() -> None:
-    """Accuracy against the seconds of training, pairs of the training pictures and `HELD_OUT` ones."""
-    prompts, rows = {"seen": close_up_prompts(PROMPTS), "held_out": held_out_prompts(PROMPTS)}, []
-    with (RUN / "log.csv").open() as file:
-        log = list(csv.DictReader(file))
-    for path in sorted(RUN.glob("weights-*.safetensors")):
-        step = int(path.stem.split("-")[1])
+    """Accuracy against the seconds of training, pairs of the training pictures and `HELD_OUT` ones.
+
+    Weights that the table has already are not judged again.
+    """
+    prompts = {"seen": close_up_prompts(PROMPTS), "held_out": held_out_prompts(PROMPTS)}
+    table = DATA / "mini_training.csv"
+    known = {row["weights"]: row for row in csv.DictReader(table.open())} if table.exists() else {}
+    rows, log = [], list(csv.DictReader((RUN / "log.csv").open()))
+    for step in JUDGED:
+        path = RUN / f"weights-{step:06d}.safetensors"
+        weights = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         loss = sum(float(row["loss"]) for row in log[step - 100 : step]) / 100
         row = {"step": step, "seconds": log[step - 1]["seconds"], "loss": f"{loss:.4f}"}
-        for name, asked in prompts.items():
-            row |= right_in(draw(path, asked), asked, name, *RIGHT)
-        row |= {"n": PROMPTS, "weights": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
-        rows.append(row)
-        print(row, flush=True)
-    write_table("mini_training.csv", rows)
+        if weights not in known:
+            for name, asked in prompts.items():
+                row |= right_in(draw(path, asked), asked, name, *RIGHT)
+        rows.append(known.get(weights) or row | {"n": PROMPTS, "weights": weights})
+        print(rows[-1], flush=True)
+        write_table(table.name, rows)
 
 
 def withheld(count: int) -> set[tuple[str, str]]:
