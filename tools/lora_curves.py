@@ -142,7 +142,7 @@ def main() -> None:
     """Train, draw, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=STEPS, help="of training, for each adapter")
-    parser.add_argument("--count", type=int, default=28, help="unrelated prompts")
+    parser.add_argument("--count", type=int, default=14, help="unrelated prompts")
     parser.add_argument("--out", type=Path, default=TABLE)
     args = parser.parse_args()
     if args.steps < 1 or args.count < 2:
