@@ -73,6 +73,34 @@ def test_most_batches_hold_whole_captions_and_only_they_go_through_the_compiled_
             assert loss.item() == pytest.approx((2**2 + 1.5**2) / 2)  # (1 - sigma) x - (noise - x), x all ones
 
 
+@pytest.mark.parametrize("side", [8, 16])
+def test_training_goes_on_from_a_model_for_as_many_pixels_or_half(tmp_path, side):
+    """The same weights where the size is the same; else noise looks as strong as before, and patches come out flat."""
+    torch.manual_seed(0)
+    before, (t5, _) = sd3.new_transformer(side, 16, 16), sd3.new_t5(16)
+    torch.nn.init.normal_(before.proj_out.weight)
+    before.save_pretrained(tmp_path / "transformer")
+    t5.save_pretrained(tmp_path / "text_encoder_3")
+    after, (other_t5, _) = sd3.new_transformer(16, 16, 16), sd3.new_t5(16)
+    sd3.go_on_from(tmp_path, after, other_t5)
+    assert all(torch.equal(a, b) for a, b in zip(t5.parameters(), other_t5.parameters(), strict=True))
+    if side == 16:
+        state = after.state_dict()
+        assert all(torch.equal(weights, state[name]) for name, weights in before.state_dict().items())
+        return
+    with torch.no_grad():
+        strengths = [
+            (model.pos_embed.proj(torch.randn(64, 16, size, size)) - model.pos_embed.proj.bias[:, None, None])
+            .std()
+            .item()
+            for model, size in ((before, 8), (after, 16))
+        ]
+        drawn = after(torch.randn(1, 16, 16, 16), torch.zeros(1, 4, 16), torch.zeros(1, 16), torch.ones(1)).sample
+    assert strengths[1] == pytest.approx(strengths[0], rel=0.02)
+    patches = drawn.unflatten(3, (8, 2)).unflatten(2, (8, 2))
+    assert patches.std() > 0 and torch.allclose(patches[:, :, :, :1, :, :1].expand_as(patches), patches, atol=1e-5)
+
+
 def test_sharpening_leaves_the_encoder_alone_and_each_opponent_learns_from_its_own_loss():
     """The decoder would like the discriminator to be wrong: that wish must not reach the discriminator's weights."""
     torch.manual_seed(0)

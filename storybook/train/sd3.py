@@ -136,16 +136,17 @@ def export(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
 
 
 def go_on_from(folder: Path, transformer: SD3Transformer2DModel, t5: T5EncoderModel) -> None:
-    """Start with the weights in `folder`, those of a model for half the pixels with patches of half the side.
+    """Start with the weights in `folder`: of such a model, or of one for half the pixels with patches of half the side.
 
-    Each of its patches becomes four positions: the layer that reads them takes their mean, times two so that noise
-    keeps its variance, and the one that predicts gives all four the same.
+    In the second case each of its patches becomes four positions: the layer that reads them takes their mean, times two
+    so that noise keeps its variance, and the one that predicts gives all four the same.
     """
     weights = SD3Transformer2DModel.from_pretrained(folder / "transformer").state_dict()
-    weights["pos_embed.proj.weight"] = weights["pos_embed.proj.weight"].repeat(1, 1, 2, 2) / 2
-    for name in ("proj_out.weight", "proj_out.bias"):
-        weights[name] = weights[name].repeat(4, *[1] * (weights[name].ndim - 1))
-    weights["pos_embed.pos_embed"] = transformer.pos_embed.pos_embed
+    if weights["pos_embed.proj.weight"].shape != transformer.pos_embed.proj.weight.shape:
+        weights["pos_embed.proj.weight"] = weights["pos_embed.proj.weight"].repeat(1, 1, 2, 2) / 2
+        for name in ("proj_out.weight", "proj_out.bias"):
+            weights[name] = weights[name].repeat(4, *[1] * (weights[name].ndim - 1))
+        weights["pos_embed.pos_embed"] = transformer.pos_embed.pos_embed
     transformer.load_state_dict(weights)
     t5.load_state_dict(T5EncoderModel.from_pretrained(folder / "text_encoder_3").state_dict())
 
@@ -158,7 +159,7 @@ def main(argv=None) -> None:
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--go-on-from", type=Path, help="a folder to start with, for half the pixels")
+    parser.add_argument("--go-on-from", type=Path, help="a folder to start with, for as many pixels or half")
     parser.add_argument("--compile", action="store_true", help="slower for some minutes, then faster")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
