@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import checks
 import nbformat
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -306,7 +307,9 @@ def test_a_scale_for_each_picture_is_plain_guidance_of_each(pipe, monkeypatch):
     for k in range(3):
         (alone,), _ = guidance_curves.draw(pipe, [PROMPT], [seeds[k]], cfg(scales[k]))
         (other,), _ = guidance_curves.draw(pipe, [PROMPT], [seeds[k]], cfg(scales[k - 1]))
-        assert images[k].tobytes() == alone.tobytes() != other.tobytes()
+        drawn, same, different = (np.asarray(image, int) for image in (images[k], alone, other))
+        # a batch of another size is summed in another order, so a pixel may round the other way
+        assert np.abs(drawn - same).max() <= 1 < np.abs(drawn - different).max()
 
 
 def test_gains_are_taken_picture_by_picture():
