@@ -1,7 +1,7 @@
 """What the small UNet of `training/mini.py` learns and how fast: `python -m tools.mini_curves PART`, in this order.
 
     data          write the folder of pictures, outputs/train/mini-folder
-    noise         train to predict the noise, and keep half-trained weights for the page
+    noise         train to predict the noise, and keep the weights for the page
     judge         judge what that run saved on its way: notebooks/data/mini_training.csv
     composition   train on fewer and fewer pairs of colour and thing: notebooks/data/mini_composition.csv
 
@@ -25,15 +25,14 @@ from training.mini import MODELS, generate_images_direct
 from training.train_mini import train_mini
 
 DATA = ROOT / "notebooks/data"
-HALF_TRAINED = MODELS / "storybook-mini/model.safetensors"
+WEIGHTS = MODELS / "storybook-mini/model.safetensors"
 FOLDER, RUN = RUNS / "mini-folder", RUNS / "mini-noise"
 PICTURES = 2400
 TRAINING = Schedule(steps=2400, batch_size=32, learning_rate=2e-3, ema_decay=0.998, save_every=300)
-HALFWAY = 900  # the step whose weights the page goes on from
 JUDGED = (300, 600, 900, 1200, 1500, 2400)  # steps
 PROMPTS = 48
-SHARES = (0.1, 0.4, 0.7, 0.85)  # of the 96 pairs, withheld
-COMPOSITION = Schedule(steps=500, batch_size=32, learning_rate=2e-3, ema_decay=0.99, save_every=500)
+SHARES = (0.1, 0.5, 0.85)  # of the 96 pairs, withheld
+COMPOSITION = Schedule(steps=1200, batch_size=32, learning_rate=2e-3, ema_decay=0.995, save_every=1200)
 RIGHT = ("object", "colour", "setting")
 
 
@@ -126,7 +125,7 @@ def main() -> None:
         write(FOLDER, PICTURES, close_ups(), say=in_brief)
     elif part == "noise":
         run = train_mini(FOLDER, RUN.name, "noise", TRAINING)
-        shutil.copy(run / f"weights-{HALFWAY:06d}.safetensors", HALF_TRAINED)
+        shutil.copy(run / f"weights-{TRAINING.steps:06d}.safetensors", WEIGHTS)
     elif part == "judge":
         judge_run()
     else:
