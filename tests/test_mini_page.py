@@ -95,3 +95,21 @@ def test_what_the_page_counts_are_its_networks_weights():
     unet, objective = mini.load(mini_curves.WEIGHTS)
     assert sum(weight.numel() for weight in unet.state_dict().values()) == int(count.replace(",", ""))
     assert objective == "noise" and all(torch.isfinite(weight).all() for weight in unet.parameters())
+
+
+def test_fewer_pairs_shown_are_fewer_held_out_ones_right():
+    """What section 10 says of its table, whose intervals are computed again; what is asked for is always withheld."""
+    rows = table("mini_composition.csv")
+    assert [int(row["withheld"]) for row in rows] == [
+        round(part * len(COLOURS) * len(KINDS)) for part in mini_curves.SHARES
+    ]
+    for row in rows:
+        for sort in ("seen", "held_out"):
+            low, high = interval(float(row[sort]), int(row["n"]))
+            assert float(row[f"{sort}_low"]) == pytest.approx(low, abs=2e-3)
+            assert float(row[f"{sort}_high"]) == pytest.approx(high, abs=2e-3)
+        gone = mini_curves.withheld(int(row["withheld"]))
+        assert len(gone) == int(row["withheld"]) and gone >= set(HELD_OUT)
+    few = rows[-1]
+    assert float(few["held_out_high"]) < float(few["seen_low"])
+    assert all(float(row["held_out_high"]) > float(row["seen_low"]) for row in rows[:-1])
