@@ -173,7 +173,8 @@ def main() -> None:
     rows = measure(args.folder, args.guidance, args.count, args.training_pictures)
     text = "\n".join(["| measured | figure |", "|---|---|", *(f"| {what} | {figure} |" for what, figure in rows)])
     text += (
-        f"\n\nGuidance {args.guidance:g}, {STEPS} steps, the folder's own scheduler, {args.count} prompts each. "
+        f"\n\nGuidance {args.guidance:g}, {STEPS} steps, the folder's own scheduler, {args.count} prompts each "
+        "where a row says no other number. "
         "Distances are root mean squares over pixels in 0..1. "
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"diffusers {diffusers.__version__}."
