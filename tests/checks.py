@@ -27,6 +27,13 @@ def printed(notebook: nbformat.NotebookNode) -> str:
     return "\n".join(one.text for one in outputs if one.output_type == "stream" and one.name == "stdout")
 
 
+def numbers(text: str, pattern: str) -> list[float]:
+    """The numbers that the groups of the pattern find in `text`, first match; a comma between thousands is dropped."""
+    found = re.search(pattern, text)
+    assert found, f"the page no longer prints {pattern!r}"
+    return [float(number.replace(",", "")) for number in found.groups()]
+
+
 def code_cells(notebook) -> list:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 

@@ -2,6 +2,7 @@
 
 import csv
 import re
+from functools import partial
 
 import checks
 import nbformat
@@ -22,15 +23,9 @@ from tools.badges import ROOT
 NOTEBOOK = nbformat.read(ROOT / "notebooks" / "08_image_to_image.ipynb", as_version=4)
 CODE = [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 PRINTED = checks.printed(NOTEBOOK)
+printed = partial(checks.numbers, PRINTED)
 with editing_curves.TABLE.open(newline="") as file:
     ROWS = list(csv.DictReader(file))
-
-
-def printed(pattern: str) -> list[float]:
-    """The numbers that the groups of the pattern find in what the page printed."""
-    found = re.search(pattern, PRINTED)
-    assert found, f"the page no longer prints {pattern!r}"
-    return [float(number) for number in found.groups()]
 
 
 def stable_diffusion(cls=DDIMScheduler, steps: int = 20):

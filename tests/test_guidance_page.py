@@ -4,6 +4,7 @@ import csv
 import math
 import re
 from contextlib import nullcontext
+from functools import partial
 
 import checks
 import nbformat
@@ -24,14 +25,8 @@ from tools.badges import ROOT
 
 NOTEBOOK = nbformat.read(ROOT / "notebooks" / "04_guidance.ipynb", as_version=4)
 PRINTED = checks.printed(NOTEBOOK)
+printed = partial(checks.numbers, PRINTED)
 PROMPT = "a red boat by the sea"
-
-
-def printed(pattern: str) -> list[float]:
-    """The numbers that the groups of the pattern find in what the page printed."""
-    found = re.search(pattern, PRINTED)
-    assert found, f"the page no longer prints {pattern!r}"
-    return [float(number) for number in found.groups()]
 
 
 @pytest.fixture(scope="module")

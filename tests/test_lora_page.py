@@ -3,6 +3,7 @@
 import csv
 import random
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import checks
@@ -23,13 +24,7 @@ from tools.badges import ROOT
 
 NOTEBOOK = nbformat.read(ROOT / "notebooks" / "09_finetune_lora.ipynb", as_version=4)
 PRINTED = checks.printed(NOTEBOOK)
-
-
-def printed(pattern: str) -> list[float]:
-    """The numbers that the groups of the pattern find in what the page printed."""
-    found = re.search(pattern, PRINTED)
-    assert found, f"the page no longer prints {pattern!r}"
-    return [float(number.replace(",", "")) for number in found.groups()]
+printed = partial(checks.numbers, PRINTED)
 
 
 def rows(**wanted) -> list[dict]:

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import re
+from functools import partial
 
 import checks
 import nbformat
@@ -22,13 +23,7 @@ from training.dataset import encode
 
 NOTEBOOK = nbformat.read(ROOT / "notebooks" / "07_train_mini_diffusion.ipynb", as_version=4)
 PRINTED = checks.printed(NOTEBOOK)
-
-
-def printed(pattern: str) -> list[float]:
-    """The numbers that the groups of the pattern find in what the page printed."""
-    found = re.search(pattern, PRINTED)
-    assert found, f"the page no longer prints {pattern!r}"
-    return [float(number) for number in found.groups()]
+printed = partial(checks.numbers, PRINTED)
 
 
 def table(name: str) -> list[dict]:

@@ -1,6 +1,7 @@
 """Numbers that notebook 06 prints, computed again in another way than the page does."""
 
 import re
+from functools import partial
 
 import checks
 import nbformat
@@ -13,13 +14,7 @@ from tools.badges import ROOT
 
 NOTEBOOK = nbformat.read(ROOT / "notebooks" / "06_noise_and_training.ipynb", as_version=4)
 PRINTED = checks.printed(NOTEBOOK)
-
-
-def printed(pattern: str) -> list[float]:
-    """The numbers that the groups of the pattern find in what the page printed."""
-    found = re.search(pattern, PRINTED)
-    assert found, f"the page no longer prints {pattern!r}"
-    return [float(number) for number in found.groups()]
+printed = partial(checks.numbers, PRINTED)
 
 
 def stable_diffusion(**settings) -> DDIMScheduler:

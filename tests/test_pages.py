@@ -55,14 +55,14 @@ def test_the_readme_has_every_page():
     assert set(links(table)) >= set(PAGES)
 
 
-@pytest.mark.parametrize("number", ["00", "01", "02", "03"])
+@pytest.mark.parametrize("number", ["00", "01", "02", "03", "08"])
 def test_headings_begin_their_cells(number):
     for source in markdown(BY_NUMBER[number])[1:]:  # the first has the badge above the title
         text = re.sub(r"(?ms)^```.*?^```", "", source)
         assert not re.search(r"(?m)(?<!\A)^#+ ", text), f"split this cell at its heading: {source[:60]}"
 
 
-@pytest.mark.parametrize("number", ["00", "01", "02", "03"])
+@pytest.mark.parametrize("number", ["00", "01", "02", "03", "08"])
 def test_every_prediction_has_its_answer(number):
     assert unanswered(markdown(BY_NUMBER[number])) == []
 

@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+from functools import partial
 
 import checks
 import nbformat
@@ -21,15 +22,9 @@ from tools.badges import ROOT
 NOTEBOOK = nbformat.read(ROOT / "notebooks" / "05_schedulers.ipynb", as_version=4)
 CODE = [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 PRINTED = checks.printed(NOTEBOOK)
+printed = partial(checks.numbers, PRINTED)
 with scheduler_curves.PATH.open(newline="") as file:
     ROWS = list(csv.DictReader(file))
-
-
-def printed(pattern: str) -> list[float]:
-    """The numbers that the groups of the pattern find in what the page printed."""
-    found = re.search(pattern, PRINTED)
-    assert found, f"the page no longer prints {pattern!r}"
-    return [float(number) for number in found.groups()]
 
 
 def test_the_order_of_dpm_solver_by_the_librarys_class():

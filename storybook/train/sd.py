@@ -151,8 +151,9 @@ def main(argv=None) -> None:
 
     schedule = Schedule(args.steps, args.batch_size, args.learning_rate, warmup=200, ema_decay=0.9995, save_every=1000)
     run = train("sd", NoisePrediction(unet, text_encoder), unet, make_batch, len(by_things), schedule, sample)
-    export(assemble(unet, text_encoder, vae, tokenizer), args.out)
-    keep_log(run, args.out)
+    if make_accelerator().is_main_process:
+        export(assemble(unet, text_encoder, vae, tokenizer), args.out)
+        keep_log(run, args.out)
 
 
 if __name__ == "__main__":

@@ -206,8 +206,9 @@ def main(argv=None) -> None:
     if args.compile:
         objective.compiled = torch.compile(transformer.forward, dynamic=False)
     run = train("sd3", objective, objective.learned, make_batch, len(by_things), schedule, sample)
-    export(pipeline(), args.out)
-    keep_log(run, args.out)
+    if make_accelerator().is_main_process:
+        export(pipeline(), args.out)
+        keep_log(run, args.out)
 
 
 if __name__ == "__main__":
