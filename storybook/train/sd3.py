@@ -36,10 +36,14 @@ T5_LENGTHS = (*[24] * 18, 64, 256)
 
 
 def new_transformer(latent_side: int, context_width: int, pooled_width: int) -> SD3Transformer2DModel:
-    """Four joint blocks 128 wide, the first two with a second attention among the picture's tokens, as in SD3.5."""
+    """Four joint blocks 128 wide, the first two with a second attention among the picture's tokens, as in SD3.5.
+
+    Each position of the latents is a token, where Stable Diffusion 3 takes patches of 2x2: their 64 numbers, noise for
+    the most part, which has to come out again, would fill half of a token that is only 128 wide.
+    """
     transformer = SD3Transformer2DModel(
         sample_size=latent_side,
-        patch_size=max(1, latent_side // 8),  # 64 tokens at either size
+        patch_size=1,
         in_channels=16,
         out_channels=16,
         num_layers=4,
@@ -48,7 +52,7 @@ def new_transformer(latent_side: int, context_width: int, pooled_width: int) -> 
         caption_projection_dim=128,
         joint_attention_dim=context_width,
         pooled_projection_dim=pooled_width,
-        pos_embed_max_size=16,
+        pos_embed_max_size=20,  # some more than trained, so that other sizes can be tried
         dual_attention_layers=(0, 1),
         qk_norm="rms_norm",
     )
@@ -136,17 +140,17 @@ def export(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
 
 
 def go_on_from(folder: Path, transformer: SD3Transformer2DModel, t5: T5EncoderModel) -> None:
-    """Start with the weights in `folder`: of such a model, or of one for half the pixels with patches of half the side.
+    """Start with the weights in `folder`: of such a model for any size of pictures, or of one with patches of 2x2.
 
-    In the second case each of its patches becomes four positions: the layer that reads them takes their mean, times two
-    so that noise keeps its variance, and the one that predicts gives all four the same.
+    In the second case a position is read as its whole patch was, times two since four numbers' mean of noise is half as
+    strong, and each gets the mean of what was predicted for the four.
     """
     weights = SD3Transformer2DModel.from_pretrained(folder / "transformer").state_dict()
-    if weights["pos_embed.proj.weight"].shape != transformer.pos_embed.proj.weight.shape:
-        weights["pos_embed.proj.weight"] = weights["pos_embed.proj.weight"].repeat(1, 1, 2, 2) / 2
+    if weights["pos_embed.proj.weight"].shape[-1] == 2:
+        weights["pos_embed.proj.weight"] = 2 * weights["pos_embed.proj.weight"].mean((2, 3), keepdim=True)
         for name in ("proj_out.weight", "proj_out.bias"):
-            weights[name] = weights[name].repeat(4, *[1] * (weights[name].ndim - 1))
-        weights["pos_embed.pos_embed"] = transformer.pos_embed.pos_embed
+            weights[name] = weights[name].unflatten(0, (4, -1)).mean(0)
+    weights["pos_embed.pos_embed"] = transformer.pos_embed.pos_embed
     transformer.load_state_dict(weights)
     t5.load_state_dict(T5EncoderModel.from_pretrained(folder / "text_encoder_3").state_dict())
 
@@ -159,7 +163,7 @@ def main(argv=None) -> None:
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--go-on-from", type=Path, help="a folder to start with, for as many pixels or half")
+    parser.add_argument("--go-on-from", type=Path, help="a folder to start with, also with patches of 2x2")
     parser.add_argument("--compile", action="store_true", help="slower for some minutes, then faster")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
