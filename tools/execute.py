@@ -13,7 +13,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-PROFILE = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+PROFILE = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 CELL_SECONDS = 300
 LARGE = 120_000  # characters; a PNG above that gives way to the JPEG, which keeps labels a little less sharp
 
