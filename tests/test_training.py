@@ -76,7 +76,7 @@ def test_most_batches_hold_whole_captions_and_only_they_go_through_the_compiled_
 
 @pytest.mark.parametrize(("side", "patch"), [(8, 1), (16, 1), (16, 2)])
 def test_training_goes_on_from_a_model_for_other_pixels_or_with_patches(tmp_path, side, patch):
-    """The same weights, but for the table of places; a patch of four that are alike is read and drawn as it was."""
+    """The same weights, but for the table of places; a patch of four that are alike counts half, its mean is drawn."""
     torch.manual_seed(0)
     before, (t5, _) = sd3.new_transformer(side, 16, 16), sd3.new_t5(16)
     if patch == 2:
@@ -101,7 +101,7 @@ def test_training_goes_on_from_a_model_for_other_pixels_or_with_patches(tmp_path
         ]
         hidden = torch.randn(1, 128)
         drawn = before.proj_out(hidden).unflatten(-1, (patch, patch, 16)).mean((1, 2)), after.proj_out(hidden)
-    assert torch.allclose(read[0], patch * read[1], atol=1e-4)  # as much of the noise, and half of the picture
+    assert torch.allclose(read[0], patch * read[1], atol=1e-4)
     assert torch.allclose(*drawn, atol=1e-4)
 
 
