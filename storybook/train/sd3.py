@@ -142,7 +142,7 @@ def export(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
 def go_on_from(folder: Path, transformer: SD3Transformer2DModel, t5: T5EncoderModel) -> None:
     """Start with the weights in `folder`: of such a model for any size of pictures, or of one with patches of 2x2.
 
-    In the second case a position is read with the mean of a patch's four weights, doubled so that a patch that is all one
+    In the second case a position is read with twice the mean of a patch's four weights, so a patch that is all one
     number counts half, and each position gets the mean of what was predicted for the four.
     """
     weights = SD3Transformer2DModel.from_pretrained(folder / "transformer").state_dict()
