@@ -75,7 +75,7 @@ train: $(STAMP)
 
 evaluate: $(STAMP)
 	$(PY) -m storybook.evaluate models/storybook-sd --guidance 4
-	$(PY) -m storybook.evaluate models/storybook-sd3 --guidance 3
+	$(PY) -m storybook.evaluate models/storybook-sd3 --guidance 5
 
 # Neither make nor the shell reads what REPO holds; tools.badges does.
 override REPO := $(value REPO)

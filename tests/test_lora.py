@@ -147,6 +147,20 @@ def test_what_learns_is_in_single_precision_also_beside_a_model_in_half(make, mo
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_on_a_cpu_the_network_learns_in_its_own_precision(make, kind):
+    """Under the autocast that accelerate turns on, too, where frozen weights would be cast anew at every step."""
+    pipe = make(kind)
+    examples = encode(pipe, pictures(), [PROMPT] * 3)
+    noise = torch.randn(examples.latents.shape, generator=torch.Generator().manual_seed(2))
+    levels = torch.tensor([400, 600, 800]) if kind == "sd" else torch.tensor([0.4, 0.6, 0.8])
+    losses = []
+    for rough in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=rough):
+            losses.append(Denoising(pipe, [])(examples.latents, noise, levels, *examples.texts)["loss"].item())
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_only_the_adapter_learns_and_its_error_falls(make, kind):
     pipe = make(kind)
     examples = encode(pipe, pictures(), [PROMPT] * 3)
@@ -208,16 +222,16 @@ def test_what_is_to_be_predicted():
     """The noise for a UNet; for a flow the way from the picture to the noise, at 1000 times its sigma."""
     noise, picture = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     scheduler = diffusers.DDIMScheduler()
-    levels, sigmas = torch.tensor([10, 500, 900]), torch.tensor([0.2, 0.5, 0.9])
+    levels, sigmas, text = torch.tensor([10, 500, 900]), torch.tensor([0.2, 0.5, 0.9]), torch.zeros(3, 1)
     b = (1 - scheduler.alphas_cumprod[levels]).sqrt().view(-1, 1, 1, 1)
     unet = Answers(lambda noisy, t, text: noisy / b)
     pipe = SimpleNamespace(unet=unet, scheduler=scheduler)
-    assert Denoising(pipe, [])(0 * picture, noise, levels, None)["loss"] < 1e-8
+    assert Denoising(pipe, [])(0 * picture, noise, levels, text)["loss"] < 1e-8
     line, seen = sigmas.view(-1, 1, 1, 1), []
     pipe = SimpleNamespace(transformer=Answers(lambda noisy, text, pooled, t: seen.append(t) or noisy / line))
-    assert Denoising(pipe, [])(0 * picture, noise, sigmas, None, None)["loss"] < 1e-8
+    assert Denoising(pipe, [])(0 * picture, noise, sigmas, text, text)["loss"] < 1e-8
     pipe = SimpleNamespace(transformer=Answers(lambda noisy, text, pooled, t: -noisy / (1 - line)))
-    assert Denoising(pipe, [])(picture, 0 * noise, sigmas, None, None)["loss"] < 1e-8
+    assert Denoising(pipe, [])(picture, 0 * noise, sigmas, text, text)["loss"] < 1e-8
     assert torch.equal(seen[0], 1000 * sigmas)
 
 

@@ -4,8 +4,8 @@ A row is a mean with its 95 % interval. Part "rank": adapters of several ranks l
 "right" are zorps in colours and settings that were kept for the examination, "kept" unrelated prompts. Part "prior":
 the castle is learned alone, or with prior preservation; "castle" are castles when asked for, "spoiled" ordinary houses
 that look like it, "kept" houses that are right, "drift" is how far their pixels are from before. The table,
-notebooks/data/lora.csv, and its picture belong to the weights: write them again after training. They took 8 minutes of
-CPU time.
+notebooks/data/lora.csv, and its picture belong to the weights: write them again after training. They took ten minutes
+beside other work.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from training.lora import encode, fit
 TABLE = ROOT / "notebooks/data/lora.csv"
 TAUGHT = ("red", "blue", "yellow", "white")
 RANKS = (1, 4, 16)
-STEPS, BATCH, RATE = 120, 4, 3e-3
+STEPS, BATCH, RATE = 80, 4, 4e-3
 PRIOR_SEED = 500  # of the class's pictures, away from the seeds of the examination
 SHOWN = {"none": "before", "alone": "learned alone", "prior": "with prior"}
 FIELDS = ("part", "method", "rank", "weights", "metric", "mean", "low", "high", "n")

@@ -105,13 +105,17 @@ class Denoising(nn.Module):
     def forward(self, latents, noise, levels, *texts):
         """latents and noise (B, C, h, w); levels (B,) as of `draw_levels`; texts as in `Examples`."""
         (pipe,) = self._pipe
-        if hasattr(pipe, "unet"):
-            noisy, target = self._noise.add_noise(latents, noise, levels), noise
-            found = pipe.unet(noisy.to(pipe.unet.dtype), levels, *texts).sample
-        else:
-            line = levels.view(-1, 1, 1, 1)
-            noisy, target = (1 - line) * latents + line * noise, noise - latents
-            found = pipe.transformer(noisy.to(pipe.transformer.dtype), *texts, levels * 1000).sample
+        network = network_of(pipe)
+        texts = [text.to(network.dtype) for text in texts]
+        # bfloat16 on a CPU would cast all frozen weights anew at every step, which costs more than it saves.
+        with torch.autocast("cpu", enabled=False):
+            if hasattr(pipe, "unet"):
+                noisy, target = self._noise.add_noise(latents, noise, levels), noise
+                found = network(noisy.to(network.dtype), levels, *texts).sample
+            else:
+                line = levels.view(-1, 1, 1, 1)
+                noisy, target = (1 - line) * latents + line * noise, noise - latents
+                found = network(noisy.to(network.dtype), *texts, levels * 1000).sample
         return {"loss": (found.float() - target).square().mean()}
 
 

@@ -87,7 +87,7 @@ MODELS = {
             folder="models/storybook-sd3",
             size=None,
             steps=25,
-            guidance=3.0,
+            guidance=5.0,
             examples=(
                 "a red boat by the sea",
                 "a purple mushroom in a meadow",
