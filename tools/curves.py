@@ -31,7 +31,7 @@ def plot(folder: Path, path: Path) -> None:
         axes.plot(minutes, 100 * progress[name], marker="o", markersize=3, label=label)
     axes.set(
         title=f"{folder.name}: right in the judge's eyes, 32 prompts each",
-        xlabel="minutes of training on two CPU cores",
+        xlabel="minutes of training",
         ylabel="% right",
         ylim=(0, 101),
     )
